@@ -1,0 +1,1 @@
+"""craftune: align a text-to-image diffusion model with reward models."""

@@ -1,0 +1,75 @@
+"""LoRA through peft: adapters in the denoiser, and the starting network by switching them off."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from craftune.config import LoraConfig
+from craftune.diffusion import Schedule
+from craftune.errors import UserError
+from craftune.types import Cond, Denoiser
+
+
+def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> None:
+    """Freeze the network and put trainable adapters beside its `targets`, in place.
+
+    Raises:
+        UserError: no module has one of these names.
+    """
+    import peft
+
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,
+        target_modules=list(config.targets or targets),
+        init_lora_weights="gaussian",
+    )
+    network.requires_grad_(False)
+    try:
+        network.add_adapter(lora)  # type: ignore[operator]
+    except ValueError as error:
+        raise UserError(f"train.lora.targets: {str(error).splitlines()[0]}") from None
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A copy with the adapters added into the weights and removed."""
+    whole = copy.deepcopy(network)
+    whole.fuse_lora()  # type: ignore[operator]
+    whole.unload_lora()  # type: ignore[operator]
+    return whole
+
+
+@dataclass(frozen=True)
+class WithoutAdapter:
+    """The policy with its adapters off: the starting network, without a second copy."""
+
+    policy: Denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        """The policy's."""
+        return self.policy.schedule
+
+    @property
+    def network(self) -> nn.Module:
+        """The policy's."""
+        return self.policy.network
+
+    def __call__(
+        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], cond: Cond
+    ) -> Float[Tensor, "b ..."]:
+        """The starting network's prediction, no gradient."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            with torch.no_grad():
+                return self.policy(x_t, t, cond)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)

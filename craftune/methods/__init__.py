@@ -1,0 +1,34 @@
+"""Methods: one file each, a frozen dataclass that reads like its paper. `METHODS` is the table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from craftune.errors import UserError, unknown_name
+from craftune.methods.craft import CRAFT
+from craftune.methods.sft import SFT
+
+METHODS: dict[str, type[CRAFT] | type[SFT]] = {"craft": CRAFT, "sft": SFT}
+
+
+def build(name: str, settings: Mapping[str, Any]) -> CRAFT | SFT:
+    """The method of a recipe with its hyper-parameters.
+
+    Raises:
+        UserError: unknown method or hyper-parameter, or a value out of range.
+    """
+    if name not in METHODS:
+        raise UserError(f"method.name: {unknown_name('method', name, METHODS)}")
+    kind = METHODS[name]
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = "method.settings." + ".".join(str(part) for part in found["loc"])
+        if found["type"] == "unexpected_keyword_argument":
+            known = kind.__dataclass_fields__
+            raise UserError(
+                f"{key}: {unknown_name('setting', str(found['loc'][-1]), known)}"
+            ) from None
+        raise UserError(f"{key}: {found['msg'].lower()}, got {found['input']!r}") from None

@@ -1,0 +1,44 @@
+"""SFT: the denoising loss on the selected images, all counted alike.
+
+The baseline of every select-then-fine-tune method, and the step of GRAFT (Anil et al. 2025,
+arXiv:2510.02692). The selection happens before, in the stage `select`.
+
+Fed with `Examples`. Needs no reference; one forward and one backward pass per example.
+"""
+
+import torch
+from jaxtyping import Float
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from craftune.config import STRICT
+from craftune.diffusion import Schedule
+from craftune.methods.denoising import draw, predict, squared_error
+from craftune.types import Denoiser, Draws, Examples, Metrics
+
+
+@dataclass(frozen=True, config=STRICT)
+class SFT:
+    """Plain supervised fine-tuning; it has no hyper-parameter of its own."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """It does not."""
+        return False
+
+    def weigh(self, advantage: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """1 for every example."""
+        return torch.ones_like(advantage)
+
+    def draw(self, schedule: Schedule, batch: Examples, rng: torch.Generator) -> Draws:
+        """One timestep and one noise per example."""
+        return draw(schedule, batch, rng)
+
+    def loss(
+        self, policy: Denoiser, reference: Denoiser | None, batch: Examples, draws: Draws
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        """Mean squared error of the prediction."""
+        del reference
+        error = squared_error(*predict(policy, batch, draws))
+        loss = (batch.weight * error).mean()
+        return loss, {"loss": loss.item(), "error": error.mean().item()}

@@ -1,0 +1,183 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, a VAE (KL or tiny).
+
+Epsilon and v prediction; the embedded shapes model is an ordinary checkpoint of this family.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import logging as diffusers_log
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_log
+
+from craftune.config import ModelConfig
+from craftune.diffusion import Grid, Schedule, Target
+from craftune.errors import UserError
+from craftune.types import Cond, Model
+
+TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm++2m": DPMSolverMultistepScheduler}
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class UNetDenoiser:
+    """diffusers' conditional UNet behind craftune's call."""
+
+    network: nn.Module
+    schedule: Schedule
+
+    def __call__(
+        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], cond: Cond
+    ) -> Float[Tensor, "b ..."]:
+        """Prediction at (x_t, t), float32."""
+        dtype = next(self.network.parameters()).dtype
+        out = self.network(x_t.to(dtype), t, cond.tensors["tokens"].to(dtype), return_dict=False)
+        return out[0].float()
+
+
+def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
+    """A diffusers folder as a `Model`.
+
+    Raises:
+        UserError: the folder is incomplete, a weight file is damaged, a weight is not finite, or
+            the prediction type is unknown.
+    """
+    pipe = _pipeline(path, config)
+    for name in ("unet", "vae", "text_encoder"):
+        _check_finite(getattr(pipe, name), path / name)
+    pipe.unet.requires_grad_(False).eval()
+    pipe.vae.requires_grad_(False).eval()
+    pipe.text_encoder.requires_grad_(False).eval()
+    pipe.to(device)
+    vae, scale = pipe.vae, float(pipe.vae.config.scaling_factor)
+    channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
+
+    @torch.no_grad()
+    def encode_prompts(texts: list[str]) -> Cond:
+        ids = pipe.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return Cond({"tokens": pipe.text_encoder(ids.to(device))[0].float()})
+
+    def decode(latents: Tensor) -> Tensor:
+        image = vae.decode(latents.to(vae.dtype) / scale, return_dict=False)[0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(images: Tensor) -> Tensor:
+        encoded = vae.encode((images * 2 - 1).to(device, vae.dtype))
+        # AutoencoderTiny has no distribution; AutoencoderKL's mode is its mean.
+        clean = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return clean.float() * scale
+
+    return Model(
+        family="sd",
+        identity={"path": config.path, "revision": config.revision or ""},
+        denoiser=UNetDenoiser(pipe.unet, _schedule(pipe, path)),
+        latent_shape=(channels, size, size),
+        encode_prompts=encode_prompts,
+        decode=decode,
+        encode_images=encode_images,
+        grid=lambda sampler, num_steps: _grid(pipe, sampler, num_steps),
+        lora_targets=LORA_TARGETS,
+        save=lambda folder, network, dtype: _save(pipe, folder, network, dtype),
+        save_lora=_save_lora,
+    )
+
+
+def _pipeline(path: Path, config: ModelConfig) -> Any:
+    """The checkpoint's components, with the safety checker left out: rewards see every image."""
+    _quiet()
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            variant=config.variant,
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: cannot be loaded as Stable Diffusion 1.x/2.x: {reason}") from None
+
+
+def _quiet() -> None:
+    """Keep the libraries' bars and remarks (tiny VAE, no safety checker) off the screen."""
+    diffusers_log.disable_progress_bar()
+    diffusers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    transformers_log.set_verbosity_error()
+
+
+def _check_finite(module: nn.Module, where: Path) -> None:
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{where}: weight {name!r} is not finite; the checkpoint is damaged")
+
+
+def _schedule(pipe: Any, path: Path) -> Schedule:
+    config = path / "scheduler" / "scheduler_config.json"
+    prediction = pipe.scheduler.config.prediction_type
+    if prediction not in TARGETS:
+        known = ", ".join(TARGETS)
+        raise UserError(f"{config}: prediction_type {prediction!r} is not supported ({known})")
+    scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
+    alpha_bar = scheduler.alphas_cumprod.double()
+    try:
+        return Schedule(
+            alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), TARGETS[prediction]
+        )
+    except ValueError as error:
+        raise UserError(f"{config}: {error}") from None
+
+
+def _grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
+    """diffusers' own timesteps under the checkpoint's spacing, offset and final level."""
+    scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(num_steps)
+    t = scheduler.timesteps.long()
+    alpha_bar = scheduler.alphas_cumprod.double()
+    last = torch.ones(1, dtype=torch.float64)
+    if sampler == "ddim":
+        last = scheduler.final_alpha_cumprod.double().reshape(1)
+    alpha_bar = torch.cat([alpha_bar[t], last])
+    return Grid(t, alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float())
+
+
+def _save(pipe: Any, folder: Path, network: nn.Module, dtype: torch.dtype) -> None:
+    """The whole pipeline, with `network`'s weights in place of the UNet's."""
+    unet = copy.deepcopy(pipe.unet).to("cpu")
+    unet.load_state_dict(network.state_dict())
+    parts = {
+        "vae": copy.deepcopy(pipe.vae).to("cpu", dtype),
+        "text_encoder": copy.deepcopy(pipe.text_encoder).to("cpu", dtype),
+        "unet": unet.to(dtype),
+    }
+    StableDiffusionPipeline(
+        **parts,
+        tokenizer=pipe.tokenizer,
+        scheduler=pipe.scheduler,
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def _save_lora(folder: Path, network: nn.Module) -> None:
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)

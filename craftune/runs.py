@@ -1,0 +1,196 @@
+"""The run folder: what is done, what it was made from, and how a killed run goes on.
+
+runs/<name>/{run.json, 1-prompts/, 2-refine/, ... 8-report/}. A stage writes `begun.json` first
+and `done.json` last. `done.json` holds what the stage was made from (settings, sha256 of every
+input) and what it made (sha256 of every output). Equal -> skipped; different -> an error names
+the key; begun but not done -> it goes on from the finished files.
+"""
+
+import fcntl
+import importlib.metadata
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craftune.errors import UserError
+from craftune.records import read_json, sha256, write_json
+
+STAGES = ("prompts", "refine", "generate", "score", "select", "train", "evaluate", "report")
+PACKAGES = ("craftune", "torch", "diffusers", "transformers", "peft", "numpy", "pyarrow", "pillow")
+BEGUN, DONE = "begun.json", "done.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: one of `STAGES`.
+        reads: earlier stages whose outputs it reads.
+        made_from: every setting that its outcome depends on.
+        work: writes the outputs into the stage's folder; returns counts for the log.
+        device: where it runs, for the record.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    made_from: Mapping[str, Any]
+    work: Callable[[Path], Mapping[str, int]]
+    device: str = "cpu"
+
+
+def stage_folder(run: Path, name: str) -> Path:
+    """Where a stage's files lie, e.g. runs/demo/3-generate."""
+    return run / f"{STAGES.index(name) + 1}-{name}"
+
+
+def done(run: Path, name: str) -> dict[str, Any] | None:
+    """What a finished stage recorded, or None where it is not finished."""
+    path = stage_folder(run, name) / DONE
+    return read_json(path) if path.is_file() else None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """One process per run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process works on this run.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another craftune process is working on this run") from None
+        yield
+
+
+def redo(run: Path, name: str) -> None:
+    """Throw away a stage and all that come after it."""
+    for later in STAGES[STAGES.index(name) :]:
+        shutil.rmtree(stage_folder(run, later), ignore_errors=True)
+
+
+def execute(run: Path, stage: Stage) -> bool:
+    """Run one stage unless it is done. Returns whether anything was done.
+
+    Raises:
+        UserError: the stage was made from other settings or inputs; an input is missing or was
+            changed by hand; an earlier stage has not run.
+    """
+    folder = stage_folder(run, stage.name)
+    key = {"config": _plain(stage.made_from), "inputs": _inputs(run, stage)}
+    finished = done(run, stage.name)
+    if finished is not None:
+        _refuse_change(run, stage, finished, key)
+        if all((folder / name).is_file() for name in finished["outputs"]):
+            return False
+        (folder / DONE).unlink()
+    elif (folder / BEGUN).is_file():
+        _refuse_change(run, stage, read_json(folder / BEGUN), key)
+    _verify_inputs(run, stage)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEGUN, key)
+    started = time.monotonic()
+    counts = dict(stage.work(folder))
+    (folder / BEGUN).unlink()
+    outputs = sorted(p for p in folder.rglob("*") if p.is_file() and _is_output(p, folder))
+    record = {
+        "stage": stage.name,
+        **key,
+        "outputs": {str(p.relative_to(folder)): sha256(p) for p in outputs},
+        "counts": counts,
+        "seconds": round(time.monotonic() - started, 3),
+        "device": stage.device,
+        "versions": versions(),
+    }
+    write_json(folder / DONE, record)
+    return True
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _is_output(path: Path, folder: Path) -> bool:
+    """Checkpoints and TensorBoard files are by-products: they may be deleted."""
+    first = path.relative_to(folder).parts[0]
+    by_product = first.startswith("checkpoint-") or first == "tensorboard"
+    return not by_product and path.suffix != ".partial"
+
+
+def _inputs(run: Path, stage: Stage) -> dict[str, dict[str, str]]:
+    """sha256 of every file that the earlier stages recorded."""
+    found = {}
+    for name in stage.reads:
+        record = done(run, name)
+        if record is None:
+            raise UserError(
+                f"{stage_folder(run, name)}: stage {name!r} has not run, but {stage.name!r} "
+                f"reads it; run `craftune {name}` or `craftune run` first"
+            )
+        found[name] = record["outputs"]
+    return found
+
+
+def _verify_inputs(run: Path, stage: Stage) -> None:
+    """Refuse input files that are missing or no longer what their stage wrote."""
+    for name in stage.reads:
+        folder = stage_folder(run, name)
+        for file, digest in (done(run, name) or {})["outputs"].items():
+            path = folder / file
+            if not path.is_file() or sha256(path) != digest:
+                state = "was changed after" if path.is_file() else "is missing since"
+                raise UserError(
+                    f"{path}: {state} stage {name!r} wrote it; delete the file and run again "
+                    f"(only it is made anew), or run with --redo {name}"
+                )
+
+
+def _refuse_change(
+    run: Path, stage: Stage, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    for part in ("config", "inputs"):
+        difference = _first_difference(before[part], now[part])
+        if difference:
+            where, old, new = difference
+            raise UserError(
+                f"{stage_folder(run, stage.name)} was made with {where} = {old!r}, now it is "
+                f"{new!r}; run with --redo {stage.name} to make this stage and the later ones "
+                "anew, or choose another run.name"
+            )
+
+
+def _first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted key, old and new value of the first place where two plain values differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None if before == now else (where, before, now)
+    for key in sorted(before.keys() | now.keys()):
+        place = f"{where}.{key}" if where else key
+        found = _first_difference(before.get(key), now.get(key), place)
+        if found:
+            return found
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """The same value as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,102 @@
+"""Stage `evaluate`: base and tuned draw the same held-out prompts with the same noise."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from craftune import rewards
+from craftune.config import EvaluateConfig, GenerateConfig
+from craftune.progress import track
+from craftune.records import Prompt, read_rows, read_table, write_table
+from craftune.seeds import stream_seed
+from craftune.stages.generate import Request, draw_images
+from craftune.stages.score import score_rows
+from craftune.types import Model
+
+IMAGE = pa.schema(
+    [
+        ("id", pa.string()),
+        ("model", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("category", pa.string()),
+        ("sample", pa.int32()),
+        ("seed", pa.int64()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    ]
+)
+"""One image of the comparison; `model` is "base" or "tuned"."""
+
+SCORE = pa.schema(
+    [
+        ("model", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("reward", pa.string()),
+        ("value", pa.float32()),
+        ("identity", pa.dictionary(pa.int32(), pa.string())),
+    ]
+)
+"""One number that one reward gave to one image of the comparison."""
+
+
+def evaluate(
+    arm: str,
+    config: EvaluateConfig,
+    drawing: GenerateConfig,
+    model: Model,
+    names: tuple[str, ...],
+    seed: int,
+    prompts: Path,
+    out: Path,
+) -> int:
+    """Draw and score one model's images. Returns their number.
+
+    Args:
+        arm: "base" or "tuned".
+        drawing: sampler settings, as for the pool.
+        names: rewards, training and held-out alike.
+        seed: the noise depends on it, the prompt and the image's number, not on the arm.
+        prompts: evaluation.jsonl.
+        out: receives images-<arm>-*.parquet and scores-<arm>-*.parquet; finished ones are kept.
+    """
+    rows = _plan(arm, config, seed, read_rows(Prompt, prompts))
+    size = drawing.shard_size
+    shards = [rows[i : i + size] for i in range(0, len(rows), size)]
+    empty = model.encode_prompts([""])
+    loaded = [rewards.load(name) for name in dict.fromkeys(names)]
+    for number, shard in track(enumerate(shards), f"evaluate {arm}", len(rows), "image", size):
+        images = out / f"images-{arm}-{number:05d}.parquet"
+        scores = out / f"scores-{arm}-{number:05d}.parquet"
+        if not images.is_file():
+            requests = [Request(row["prompt"], row["seed"]) for row in shard]
+            drawn = draw_images(drawing, model, model.denoiser, requests, empty)
+            made = [row | {"image": d["image"]} for row, d in zip(shard, drawn, strict=True)]
+            write_table(images, made, IMAGE)
+        if not scores.is_file():
+            table = read_table(images).to_pylist()
+            by_id = {row["id"]: row for row in table}
+            scored = [
+                {k: by_id[s["candidate"]][k] for k in ("model", "prompt_id", "sample")} | s
+                for s in score_rows(loaded, table, 64)
+            ]
+            write_table(scores, [{k: s[k] for k in SCORE.names} for s in scored], SCORE)
+    return len(rows)
+
+
+def _plan(
+    arm: str, config: EvaluateConfig, seed: int, prompts: list[Prompt]
+) -> list[dict[str, object]]:
+    return [
+        {
+            "id": f"{arm}-{prompt.id}-{k}",
+            "model": arm,
+            "prompt_id": prompt.id,
+            "prompt": prompt.prompt,
+            "category": prompt.category,
+            "sample": k,
+            "seed": stream_seed("evaluate", seed, prompt.id, k),
+        }
+        for prompt in prompts
+        for k in range(config.images_per_prompt)
+    ]

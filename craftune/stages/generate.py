@@ -1,0 +1,129 @@
+"""Stage `generate`: prompts and rewrites -> the pool, Parquet shards of candidates."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from craftune.config import GenerateConfig
+from craftune.images import encode_png, to_pil
+from craftune.progress import track
+from craftune.records import CANDIDATE, Prompt, Refined, read_rows, write_table
+from craftune.sampling import initial_noise, sample
+from craftune.seeds import stream_seed
+from craftune.types import Cond, Denoiser, Model
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw: which text, and which noise."""
+
+    text: str
+    seed: int
+
+
+def generate(
+    config: GenerateConfig, model: Model, seed: int, prompts: Path, refined: Path, out: Path
+) -> dict[str, int]:
+    """Draw variant 0 (the prompt itself) and every rewrite of every prompt.
+
+    Finished shards are kept: a killed run goes on with the first missing one.
+
+    Args:
+        prompts: prompts.jsonl.
+        refined: refined.jsonl.
+        out: receives part-00000.parquet, ... with the schema `records.CANDIDATE`.
+    """
+    rows = _plan(config, model, seed, read_rows(Prompt, prompts), read_rows(Refined, refined))
+    shards = [rows[i : i + config.shard_size] for i in range(0, len(rows), config.shard_size)]
+    empty = model.encode_prompts([""])
+    numbered = track(enumerate(shards), "generate", len(rows), "image", config.shard_size)
+    for number, shard in numbered:
+        path = out / f"part-{number:05d}.parquet"
+        if path.is_file():
+            continue
+        requests = [Request(row["refined_prompt"], row["seed"]) for row in shard]
+        drawn = draw_images(config, model, model.denoiser, requests, empty)
+        write_table(path, [row | made for row, made in zip(shard, drawn, strict=True)], CANDIDATE)
+    return {"prompts": len({r["prompt_id"] for r in rows}), "candidates": len(rows)}
+
+
+def draw_images(
+    config: GenerateConfig, model: Model, denoiser: Denoiser, requests: list[Request], empty: Cond
+) -> Iterator[dict[str, Any]]:
+    """The image (PNG) and final latents of each request, in order.
+
+    Args:
+        denoiser: the model's own, or the one that is being tuned.
+        empty: the encoded empty prompt, one row.
+    """
+    for start in range(0, len(requests), config.batch_size):
+        batch = requests[start : start + config.batch_size]
+        latents = draw_latents(config, model, denoiser, batch, empty)
+        with torch.no_grad():
+            pictures = to_pil(model.decode(latents))
+        for picture, latent in zip(pictures, latents.cpu().flatten(1), strict=True):
+            image = {"bytes": encode_png(picture), "path": None}
+            yield {"image": image, "latents": latent.numpy()}
+
+
+@torch.no_grad()
+def draw_latents(
+    config: GenerateConfig, model: Model, denoiser: Denoiser, batch: list[Request], empty: Cond
+) -> Float[Tensor, "b ..."]:
+    """The final latents of one batch."""
+    device = empty.tensors["tokens"].device
+    distinct = list(dict.fromkeys(request.text for request in batch))
+    where = torch.tensor([distinct.index(request.text) for request in batch], device=device)
+    cond = model.encode_prompts(distinct).rows(where)
+    noise = initial_noise([request.seed for request in batch], model.latent_shape)
+    return sample(
+        denoiser,
+        noise.to(device),
+        cond,
+        empty.rows(torch.zeros(len(batch), dtype=torch.long, device=device)),
+        model.grid(config.sampler, config.num_steps),
+        sampler=config.sampler,
+        guidance_scale=config.guidance_scale,
+    )
+
+
+def _plan(
+    config: GenerateConfig, model: Model, seed: int, prompts: list[Prompt], refined: list[Refined]
+) -> list[dict[str, Any]]:
+    """Every candidate's row but its image, prompt by prompt, variant by variant."""
+    rewrites: dict[str, list[Refined]] = {}
+    for row in refined:
+        rewrites.setdefault(row.prompt_id, []).append(row)
+    common = {
+        "sampler": config.sampler,
+        "num_steps": config.num_steps,
+        "guidance_scale": config.guidance_scale,
+        "model": model.identity["path"],
+    }
+    rows = []
+    for prompt in prompts:
+        texts = [(0, 0, prompt.prompt)]
+        for rewrite in rewrites.get(prompt.id, []):
+            texts += [
+                (rewrite.variant, k, rewrite.refined) for k in range(config.seeds_per_variant)
+            ]
+        for variant, k, text in texts:
+            rows.append(
+                {
+                    "id": f"{prompt.id}-{variant}-{k}",
+                    "prompt_id": prompt.id,
+                    "prompt": prompt.prompt,
+                    "refined_prompt": text,
+                    "category": prompt.category,
+                    "variant": variant,
+                    "sample": k,
+                    "seed": stream_seed("candidate", seed, prompt.id, variant, k),
+                    **common,
+                }
+            )
+    return rows

@@ -1,0 +1,125 @@
+"""Stage `select`: the scored pool -> the training set, with every candidate's verdict."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from craftune.errors import UserError
+from craftune.records import read_table, write_json, written
+from craftune.selection import NothingSelected, SelectConfig, Selection, Status, reason, select
+
+POOL_COLUMNS = ["id", "prompt_id", "prompt", "refined_prompt", "category", "variant", "sample"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A scored pool as dense arrays; cell (group, column) of the flat row i is (row[i], column[i]).
+
+    Attributes:
+        table: `POOL_COLUMNS` of every candidate, in pool order.
+        names: of the rewards.
+        scores: float32 `[rewards, groups, columns]`, NaN where a candidate has no score.
+        present: `[groups, columns]`.
+    """
+
+    table: pa.Table
+    names: tuple[str, ...]
+    scores: np.ndarray
+    present: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+
+
+def load_pool(pool: Path, scores: Path) -> Pool:
+    """Join the pool's shards with its scores.
+
+    Raises:
+        UserError: a reward scored with two identities, or a score names no candidate.
+    """
+    table = read_table(pool.glob("part-*.parquet"), POOL_COLUMNS)
+    scored = read_table(scores.glob("part-*.parquet"))
+    _one_identity_each(scored, scores)
+    prompt = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    order = np.lexsort((table["sample"].to_numpy(), table["variant"].to_numpy(), prompt))
+    first = np.searchsorted(prompt[order], np.arange(prompt.max() + 1))
+    column = np.empty(len(prompt), np.int64)
+    column[order] = np.arange(len(prompt)) - first[prompt[order]]
+
+    rewards = scored["reward"].combine_chunks().dictionary_encode()
+    names = tuple(rewards.dictionary.to_pylist())
+    where = pc.index_in(scored["candidate"], table["id"].combine_chunks())
+    if where.null_count:
+        raise UserError(f"{scores}: scores of candidates that the pool lacks; --redo score")
+    where = where.to_numpy()
+    shape = (int(prompt.max()) + 1, int(column.max()) + 1)
+    values = np.full((len(names), *shape), np.nan, np.float32)
+    values[rewards.indices.to_numpy(), prompt[where], column[where]] = scored["value"].to_numpy()
+    present = np.zeros(shape, bool)
+    present[prompt, column] = True
+    return Pool(table, names, values, present, prompt, column)
+
+
+def choose(config: SelectConfig, pool: Path, scores: Path, out: Path) -> dict[str, int]:
+    """Select, and write down the verdict on every candidate.
+
+    Args:
+        pool: folder of the stage `generate`.
+        scores: folder of the stage `score`.
+        out: receives selection.parquet (a row per candidate) and selection.json (statistics).
+
+    Raises:
+        UserError: nothing passes the filter, or the settings do not fit the pool.
+    """
+    loaded = load_pool(pool, scores)
+    try:
+        found = select(config, loaded.names, loaded.scores, loaded.present)
+    except (NothingSelected, ValueError) as error:
+        raise UserError(str(error)) from None
+    _write_verdicts(config, loaded, found, out / "selection.parquet")
+    write_json(
+        out / "selection.json",
+        {
+            "funnel": found.funnel,
+            "keeps": found.keeps,
+            "scales": {name: list(scale) for name, scale in found.scales.items()},
+            "weights": {config.roles.get(k, k): w for k, w in config.weights.items()},
+        },
+    )
+    return found.funnel
+
+
+def _write_verdicts(config: SelectConfig, pool: Pool, found: Selection, path: Path) -> None:
+    at = (pool.row, pool.column)
+    names = np.array([status.name.lower() for status in Status])
+    columns = {
+        "candidate": pool.table["id"],
+        **{name: pool.table[name] for name in POOL_COLUMNS[1:]},
+        "composite": found.composite[at],
+        "gain": found.gain[at],
+        "advantage": found.advantage[at],
+        "passes": found.passes[pool.row],
+        "eligible": found.eligible[at],
+        "rank": found.rank[at],
+        "selected": found.selected[at],
+        "status": pa.array(names[found.status[at]]),
+        "reason": [reason(found, config, int(g), int(c)) for g, c in zip(*at, strict=True)],
+    }
+    with written(path) as partial:
+        pq.write_table(pa.table(columns), partial, compression="zstd")
+
+
+def _one_identity_each(scored: pa.Table, folder: Path) -> None:
+    """Scores measured with different weights or preprocessing must not mix."""
+    pairs = scored.group_by(["reward", "identity"]).aggregate([]).to_pylist()
+    seen: dict[str, str] = {}
+    for pair in pairs:
+        name, identity = pair["reward"], pair["identity"]
+        if seen.setdefault(name, identity) != identity:
+            raise UserError(
+                f"{folder}: {name!r} scored with two identities, {seen[name]} and {identity}; "
+                "run with --redo score"
+            )

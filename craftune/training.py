@@ -1,0 +1,151 @@
+"""The one training loop. It knows steps, gradients and checkpoints; methods know losses.
+
+Nothing here depends on how a step is cut into micro-batches or on where a run was killed: the
+batch and all its randomness are functions of the step's number, drawn before the batch is split.
+"""
+
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from craftune.config import TrainConfig
+from craftune.progress import track
+from craftune.seeds import stream
+from craftune.training_state import latest, prune, save
+from craftune.types import Denoiser, Method
+
+
+def train(
+    method: Method[Any, Any],
+    policy: Denoiser,
+    reference: Denoiser | None,
+    feed: Callable[[int], Any],
+    config: TrainConfig,
+    seed: int,
+    out: Path,
+) -> nn.Module:
+    """Fine-tune `policy.network` in place; write metrics.jsonl and checkpoint-N/ under `out`.
+
+    Goes on from the newest complete checkpoint in `out`, with the same weights bit for bit (on
+    the CPU) as a run that was never stopped.
+
+    Args:
+        reference: the frozen starting network, where `method.needs_reference`.
+        feed: step number, counted from 0 -> the whole batch of that step.
+
+    Returns:
+        The trained network; the averaged one where `config.ema_decay` > 0.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; the optimizer has not stepped.
+    """
+    network = policy.network.train()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    average = copy.deepcopy(network) if config.ema_decay > 0 else None
+    stateful = {"network": network, "optimizer": optimizer}
+    if average is not None:
+        stateful["average"] = average
+    first = latest(out, stateful)
+    with _metrics_log(out, first) as log:
+        for step in track(range(first, config.steps), "train", config.steps - first, "step"):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
+            metrics = _gradients(method, policy, reference, feed, config, seed, step)
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            _require_finite(step, metrics, norm.item())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                _update_average(average, network, config.ema_decay)
+            log(
+                {
+                    "step": step + 1,
+                    **metrics,
+                    "grad_norm": norm.item(),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                save(out / f"checkpoint-{step + 1}", step + 1, stateful)
+                prune(out, config.keep_checkpoints)
+    return (average if average is not None else network).eval()
+
+
+def _gradients(
+    method: Method[Any, Any],
+    policy: Denoiser,
+    reference: Denoiser | None,
+    feed: Callable[[int], Any],
+    config: TrainConfig,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """Accumulate the gradient of one step's mean loss; returns the mean metrics."""
+    batch = feed(step)
+    draws = method.draw(policy.schedule, batch, stream("draws", seed, step))
+    size = config.batch_size
+    part = config.micro_batch or size
+    device = next(policy.network.parameters()).device
+    totals: dict[str, float] = {}
+    for start in range(0, size, part):
+        rows = slice(start, min(start + part, size))
+        share = (rows.stop - rows.start) / size
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss, metrics = method.loss(policy, reference, batch.rows(rows), draws.rows(rows))
+        torch.autograd.backward(loss * share)
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + value * share
+    return totals
+
+
+def _require_finite(step: int, metrics: dict[str, float], norm: float) -> None:
+    values = {**metrics, "grad_norm": norm}
+    if all(torch.isfinite(torch.tensor(list(values.values())))):
+        return
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    raise FloatingPointError(
+        f"step {step + 1} is not finite ({shown}); the weights are as before it. Lower "
+        "train.learning_rate, use train.precision = 'float32', or check the selected images"
+    )
+
+
+@torch.no_grad()
+def _update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    for mean, value in zip(average.parameters(), network.parameters(), strict=True):
+        if value.requires_grad:
+            mean.lerp_(value, 1 - decay)
+
+
+@contextlib.contextmanager
+def _metrics_log(out: Path, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """metrics.jsonl and TensorBoard; rows after the checkpoint that training goes on from go."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "metrics.jsonl"
+    kept = path.read_text().splitlines(keepends=True)[:first] if path.is_file() else []
+    with (
+        path.open("w") as file,
+        SummaryWriter(str(out / "tensorboard"), purge_step=first + 1) as board,
+    ):
+        file.writelines(kept)
+
+        def log(row: dict[str, float]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            for name, value in row.items():
+                board.add_scalar(name, value, int(row["step"]))
+
+        yield log
