@@ -16,7 +16,7 @@ ONLY_IN = {
     "diffusers": ["craftune.models", "craftune.shapes.train*", "craftune.shapes.measure"],
     "transformers": ["craftune.models", "craftune.rewards", "craftune.refiners", "craftune.shapes"],
     "accelerate": ["craftune.training*", "craftune.stages"],
-    "peft": ["craftune.training*", "craftune.stages"],
+    "peft": ["craftune.adapters", "craftune.models", "craftune.training*"],
     # nothing in the pipeline knows the world: it enters by the two tables
     "craftune.shapes": ["craftune.shapes", "craftune.rewards=", "craftune.refiners="],
 }
@@ -24,7 +24,7 @@ ONLY_IN = {
 # module -> what it never imports
 BELOW = ["craftune.stages", "craftune.models", "craftune.cli"]
 NEVER = {
-    "craftune.methods": [*BELOW, "craftune.runs", "craftune.config", "pathlib", "os", "accelerate"],
+    "craftune.methods": [*BELOW, "craftune.runs", "pathlib", "os", "accelerate"],
     "craftune.rewards": ["craftune.methods", "craftune.stages", "craftune.cli"],
     "craftune.shapes": ["craftune.methods", "craftune.stages", "craftune.cli"],
     "craftune.selection": BELOW,
