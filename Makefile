@@ -26,17 +26,17 @@ browser:
 	  && apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \
 	  || echo "install: no chromium here, so the browser tests will skip"
 
-.venv/bin/python:
+.venv/bin/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"craftune needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv .venv
 
-.venv/run.stamp: pyproject.toml constraints.txt | .venv/bin/python
+.venv/run.stamp: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "install: craftune into .venv (once; a few minutes)"
 	@$(install) .
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "install: craftune[dev] into .venv (once; a few minutes)"
 	@$(install) '.[dev]'
 	@touch $@ .venv/run.stamp
