@@ -1,0 +1,1 @@
+"""How the embedded model and its reward towers were trained; nothing here runs in a recipe."""

@@ -1,0 +1,217 @@
+"""Stage `towers`: the three text-image reward models, each from its own scenes.
+
+`h` and `p` learn from preferences as people give them: a fifth to a quarter of the answers are
+wrong, captions are noisy, and sharper pictures are liked better. `i` learns from clean answers.
+Each tower also learns to say what it sees, which makes the first minutes count.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from craftune.shapes.captions import confuse, corrupt, long_caption, short_caption
+from craftune.shapes.towers import DualTower, FusionTower, Words, new_tower
+from craftune.shapes.training.common import Pace, Trainer
+from craftune.shapes.training.data import draw, to_tensor
+from craftune.shapes.training.text import sample_captions
+from craftune.shapes.world import COLORS, SHAPES, Scene, Spec
+
+PAIRS = 28
+"""Scenes per batch; each comes with a scene that nearly shows the same."""
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What one tower's preference data is like."""
+
+    seed: int
+    flip_rate: float
+    """Share of preferences stated the wrong way round."""
+    confusion_rate: float
+    """Share of captions that describe something else."""
+    long_rate: float
+    looks: float
+    """How much sharpness counts; 0 where only the content does."""
+
+
+TASTES = {
+    "h": Taste(seed=5000, flip_rate=0.20, confusion_rate=0.12, long_rate=0.3, looks=0.5),
+    "p": Taste(seed=6000, flip_rate=0.25, confusion_rate=0.10, long_rate=0.5, looks=0.3),
+    "i": Taste(seed=7000, flip_rate=0.0, confusion_rate=0.0, long_rate=0.3, looks=0.0),
+}
+
+
+class Pictures:
+    """Scenes of one tower, with their pictures, half of them through the autoencoder."""
+
+    def __init__(self, vae: AutoencoderTiny, chunks: range, rng: random.Random) -> None:
+        drawn = list(draw(chunks, workers=1))
+        self.images = np.concatenate([_through(vae, images) for images, _ in drawn])
+        self.labels: list[tuple[Spec, Scene]] = [label for _, labels in drawn for label in labels]
+        self.rng = rng
+        self.by_spec: dict[Spec, list[int]] = {}
+        for index, (spec, _) in enumerate(self.labels):
+            self.by_spec.setdefault(spec, []).append(index)
+
+    def draw(self) -> tuple[int, int, Spec, Spec]:
+        """A scene, another that nearly shows the same, and what they show."""
+        while True:
+            index = self.rng.randrange(len(self.labels))
+            spec = self.labels[index][0]
+            other = (confuse if self.rng.random() < 0.4 else corrupt)(spec, self.rng)
+            if other != spec and other in self.by_spec:
+                return index, self.rng.choice(self.by_spec[other]), spec, other
+
+    def pixels(self, indices: list[int]) -> Tensor:
+        """float `[n, 3, 64, 64]` in [0, 1]; with a little noise and shift, as augmentation."""
+        x = to_tensor(self.images[indices]) / 2 + 0.5
+        shift = (self.rng.randint(-2, 2), self.rng.randint(-2, 2))
+        noise = torch.randn_like(x) * 0.04 * torch.rand(len(x), 1, 1, 1)
+        return (torch.roll(x, shift, (2, 3)) + noise).clamp(0, 1)
+
+
+def train_tower(
+    name: str, vae: AutoencoderTiny, folder: Path, out: Path, pace: Pace, chunks: int = 16
+) -> None:
+    """Train tower `name` and write config.json and model.safetensors (fp16) to `out`."""
+    taste = TASTES[name]
+    words = Words(sorted({word for text in sample_captions(5000, 0) for word in _split(text)}))
+    tower = new_tower(name, len(words))
+    seen = nn.Linear(128 if isinstance(tower, DualTower) else 96 * 64, _SEEN)
+    trainer = Trainer({"tower": tower, "seen": seen}, pace, folder)
+    pictures = Pictures(
+        vae, range(taste.seed, taste.seed + chunks), random.Random(taste.seed + trainer.step)
+    )
+    step = _dual_loss if isinstance(tower, DualTower) else _fusion_loss
+    trainer.run(lambda: step(tower, seen, words, pictures, taste))
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half() for k, v in tower.state_dict().items()}, out / "model.safetensors")
+    config = {"tower": name, "words": words.words, "training": {**vars(taste), "steps": pace.steps}}
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _dual_loss(
+    tower: DualTower, seen: nn.Module, words: Words, pictures: Pictures, taste: Taste
+) -> Tensor:
+    drawn = [pictures.draw() for _ in range(PAIRS)]
+    indices = [row[0] for row in drawn] + [row[1] for row in drawn]
+    shown = [row[2] for row in drawn] + [row[3] for row in drawn]
+    nearly = [corrupt(spec, pictures.rng) for spec in shown]
+    texts = [_caption(spec, i, pictures, taste) for spec, i in zip(shown, indices, strict=True)]
+    texts += [_caption(spec, i, pictures, taste) for spec, i in zip(nearly, indices, strict=True)]
+    x = pictures.pixels(indices)
+    images = tower.embed_images(torch.cat([x, _spoil(x[:PAIRS])]) if taste.looks else x)
+    captions = tower.embed_texts(words(texts))
+    n = 2 * PAIRS
+    logits = tower.scale.exp().clamp(max=30) * images @ captions.T
+    same = torch.tensor([[a == b for b in shown + nearly] for a in shown])
+    same[torch.arange(n), torch.arange(n)] = False
+    match = logits[:n].masked_fill(same, -1e4)
+    target = torch.arange(n)
+    contrast = F.cross_entropy(match, target) + F.cross_entropy(match[:, :n].T, target)
+    own = match.diagonal()
+    preferred = torch.cat([own - logits[target, target + n], own - _partner(logits[:n, :n])])
+    loss = contrast + 2 * _preference(preferred, taste.flip_rate)
+    if taste.looks:
+        loss = loss + taste.looks * _preference(own[:PAIRS] - logits[n:, :PAIRS].diagonal(), 0.25)
+    targets = torch.tensor([_seen(pictures.labels[i][1]) for i in indices])
+    return loss + _naming(seen(images[:n]), targets)
+
+
+def _fusion_loss(
+    tower: FusionTower, seen: nn.Module, words: Words, pictures: Pictures, taste: Taste
+) -> Tensor:
+    drawn = [pictures.draw() for _ in range(PAIRS)]
+    indices = [row[0] for row in drawn] + [row[1] for row in drawn]
+    shown = [row[2] for row in drawn] + [row[3] for row in drawn]
+    nearly = [corrupt(spec, pictures.rng) for spec in shown]
+    features = tower.features(pictures.pixels(indices))
+    own = [_caption(spec, i, pictures, taste) for spec, i in zip(shown, indices, strict=True)]
+    miss = [_caption(spec, i, pictures, taste) for spec, i in zip(nearly, indices, strict=True)]
+    scores = tower.judge(features.repeat(3, 1, 1), words(own + miss + _swap(own)))
+    right, missed, swapped = scores.chunk(3)
+    rank = _preference(torch.cat([right - missed, right - swapped]), taste.flip_rate)
+    answer = F.binary_cross_entropy_with_logits(
+        scores, torch.cat([torch.ones(len(own)), torch.zeros(2 * len(own))])
+    )
+    targets = torch.tensor([_seen(pictures.labels[i][1]) for i in indices])
+    return rank + answer + _naming(seen(features.flatten(1)), targets)
+
+
+def _preference(margin: Tensor, flip_rate: float) -> Tensor:
+    """Bradley-Terry loss of preferences of which a share is stated the wrong way round."""
+    sign = 1 - 2 * (torch.rand_like(margin) < flip_rate).float()
+    return F.softplus(-sign * margin).mean()
+
+
+def _partner(logits: Tensor) -> Tensor:
+    """Score of each scene's near miss under the scene's caption, and the other way round."""
+    n = len(logits)
+    return logits.roll(n // 2, 0).diagonal()
+
+
+def _swap(texts: list[str]) -> list[str]:
+    half = len(texts) // 2
+    return texts[half:] + texts[:half]
+
+
+def _caption(spec: Spec, index: int, pictures: Pictures, taste: Taste) -> str:
+    rng = pictures.rng
+    said = confuse(spec, rng) if rng.random() < taste.confusion_rate else spec
+    if rng.random() < taste.long_rate:
+        return long_caption(said, pictures.labels[index][1].style, rng)
+    return short_caption(said, rng)
+
+
+def _spoil(x: Tensor) -> Tensor:
+    """The same pictures, blurred and paler."""
+    soft = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    return 0.8 * soft + 0.2 * soft.mean(1, keepdim=True)
+
+
+_SEEN = len(SHAPES) * len(COLORS) + 3 * len(SHAPES)
+
+
+def _seen(scene: Scene) -> list[float]:
+    """How many of each shape and colour, and how many, how far right and how low, per shape."""
+    counts = [
+        float(sum((p.shape, p.color) == (shape, color) for p in scene.placed))
+        for shape in SHAPES
+        for color in COLORS
+    ]
+    for shape in SHAPES:
+        placed = [p for p in scene.placed if p.shape == shape]
+        counts.append(float(len(placed)))
+        counts.append(sum(p.x / 32 - 1 for p in placed))
+        counts.append(sum(p.y / 32 - 1 for p in placed))
+    return counts
+
+
+def _naming(prediction: Tensor, target: Tensor) -> Tensor:
+    return 4 * (prediction - target).square().mean()
+
+
+@torch.no_grad()
+def _through(vae: AutoencoderTiny, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Every second picture through the autoencoder, its latents a little noisy."""
+    images = images.copy()
+    for start in range(0, len(images), 200):
+        latents = vae.encode(to_tensor(images[start : start + 200 : 2])).latents
+        strength = 0.25 * latents.std() * torch.rand(len(latents), 1, 1, 1)
+        decoded = vae.decode(latents + strength * torch.randn_like(latents)).sample
+        pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        images[start : start + 200 : 2] = pixels.numpy()
+    return images
+
+
+def _split(text: str) -> list[str]:
+    return text.replace(",", " ").replace(":", " ").split()
