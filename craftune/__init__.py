@@ -1,1 +1,36 @@
-"""craftune: align a text-to-image diffusion model with reward models."""
+"""craftune: align a text-to-image diffusion model with reward models.
+
+    import craftune
+    recipe = craftune.load_recipe("recipes/demo.toml", ["train.steps=50"])
+    folder = craftune.run(recipe)          # runs/demo, with 8-report/report.html in it
+
+Names load on first use, so that `craftune --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Reward", "SelectConfig", "UserError", "__version__", "load_recipe", "run", "select"]
+
+if TYPE_CHECKING:
+    from craftune.errors import UserError
+    from craftune.pipeline import run
+    from craftune.recipes import load_recipe
+    from craftune.selection import SelectConfig, select
+    from craftune.types import Reward
+
+_HOME = {
+    "Reward": "craftune.types",
+    "SelectConfig": "craftune.selection",
+    "UserError": "craftune.errors",
+    "load_recipe": "craftune.recipes",
+    "run": "craftune.pipeline",
+    "select": "craftune.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'craftune' has no attribute {name!r}")
