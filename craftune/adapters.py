@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from craftune.config import LoraConfig
@@ -59,7 +59,7 @@ class WithoutAdapter:
         return self.policy.network
 
     def __call__(
-        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], cond: Cond
+        self, x_t: Float[Tensor, "b ..."], t: Num[Tensor, " b"], cond: Cond
     ) -> Float[Tensor, "b ..."]:
         """The starting network's prediction, no gradient."""
         from peft.tuners.tuners_utils import BaseTunerLayer

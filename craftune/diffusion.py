@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 Target = Literal["epsilon", "v", "velocity"]
@@ -84,7 +84,12 @@ class Schedule:
         self, prediction: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:
         """Clean latents and noise implied by a prediction at (x_t, t)."""
-        alpha, sigma = self.scales(t, x_t)
+        return self.split_at(prediction, x_t, *self.scales(t, x_t))
+
+    def split_at(
+        self, prediction: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], alpha: Tensor, sigma: Tensor
+    ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:
+        """The same at any level: samplers also visit levels between timesteps."""
         if self.target == "epsilon":
             return (x_t - sigma * prediction) / alpha, prediction
         if self.target == "velocity":
@@ -103,18 +108,29 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Grid:
-    """The noise levels that a sampler visits, from noise to image.
+    """The steps of a sampler, from noise to image: where each starts and which level it aims at.
 
     Attributes:
-        timesteps: where the network is called, decreasing, `[steps]`.
-        alphas: signal scale at each of them and, last, at the end: `[steps + 1]`.
-        sigmas: noise scale likewise; the last is 0 for an exact end.
+        timesteps: where the network is called, decreasing; between integers where the family's
+            time is continuous.
+        alphas: signal scale at the start and at the end of each step.
+        sigmas: noise scale likewise; the very last is 0 for an exact end.
     """
 
-    timesteps: Int[Tensor, " steps"]
-    alphas: Float[Tensor, " levels"]
-    sigmas: Float[Tensor, " levels"]
+    timesteps: Num[Tensor, " steps"]
+    alphas: Float[Tensor, "steps 2"]
+    sigmas: Float[Tensor, "steps 2"]
 
     def __post_init__(self) -> None:
-        if not len(self.alphas) == len(self.sigmas) == len(self.timesteps) + 1:
-            raise ValueError("a grid has one level more than network calls")
+        if not self.alphas.shape == self.sigmas.shape == (len(self.timesteps), 2):
+            raise ValueError("a grid has two levels per network call: its start and its end")
+
+    @staticmethod
+    def chain(
+        timesteps: Num[Tensor, " steps"],
+        alphas: Float[Tensor, " levels"],
+        sigmas: Float[Tensor, " levels"],
+    ) -> "Grid":
+        """Each step ends where the next one starts: one level more than network calls."""
+        pairs = [torch.stack([levels[:-1], levels[1:]], 1) for levels in (alphas, sigmas)]
+        return Grid(timesteps, *pairs)

@@ -65,14 +65,14 @@ def sample(
     log_snr = torch.log(grid.alphas) - torch.log(grid.sigmas)
     for i, t in enumerate(grid.timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - grad_steps):
+            (alpha, alpha_end), (sigma, sigma_end) = grid.alphas[i], grid.sigmas[i]
             batch_t = t.to(x.device).expand(len(x))
             prediction = guided(denoiser, x, batch_t, cond, empty, guidance_scale)
-            x_0, _ = denoiser.schedule.split(prediction.float(), x, batch_t)
-            data, h = x_0, log_snr[i + 1] - log_snr[i]
+            x_0, _ = denoiser.schedule.split_at(prediction.float(), x, alpha, sigma)
+            data, h = x_0, log_snr[i, 1] - log_snr[i, 0]
             if sampler == "dpm++2m" and previous is not None and i < steps - 1:
-                ratio = h / (log_snr[i] - log_snr[i - 1])
+                ratio = h / (log_snr[i, 0] - log_snr[i - 1, 0])
                 data = x_0 + 0.5 * ratio * (x_0 - previous)
-            shrink = grid.sigmas[i + 1] / grid.sigmas[i]
-            x = shrink * x - grid.alphas[i + 1] * torch.expm1(-h) * data
+            x = sigma_end / sigma * x - alpha_end * torch.expm1(-h) * data
             previous = x_0
     return x

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from PIL import Image
 from torch import Tensor, nn
 
@@ -64,9 +64,13 @@ class Denoiser(Protocol):
         ...
 
     def __call__(
-        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], cond: Cond
+        self, x_t: Float[Tensor, "b ..."], t: Num[Tensor, " b"], cond: Cond
     ) -> Float[Tensor, "b ..."]:
-        """Prediction of the schedule's target at (x_t, t), given encoded prompts."""
+        """Prediction of the schedule's target at (x_t, t), given encoded prompts.
+
+        In training t indexes the schedule; a sampler of a family with continuous time also
+        calls between timesteps.
+        """
         ...
 
 
@@ -154,6 +158,7 @@ class Draws:
         return Draws(self.t[index], self.noise[index])
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What the loop can split into micro-batches: `Examples`, `Draws`, pairs, prompts."""
 

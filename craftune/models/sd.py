@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_log
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
@@ -23,7 +23,6 @@ from craftune.errors import UserError
 from craftune.types import Cond, Model
 
 TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++2m": DPMSolverMultistepScheduler}
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -35,7 +34,7 @@ class UNetDenoiser:
     schedule: Schedule
 
     def __call__(
-        self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], cond: Cond
+        self, x_t: Float[Tensor, "b ..."], t: Num[Tensor, " b"], cond: Cond
     ) -> Float[Tensor, "b ..."]:
         """Prediction at (x_t, t), float32."""
         dtype = next(self.network.parameters()).dtype
@@ -145,26 +144,48 @@ def _schedule(pipe: Any, path: Path) -> Schedule:
 
 
 def _grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
-    """diffusers' own timesteps under the checkpoint's spacing, offset and final level."""
-    scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
+    """The steps that diffusers' own scheduler takes under the checkpoint's settings."""
+    make = _ddim_grid if sampler == "ddim" else _dpm_grid
+    grid = make(pipe.scheduler.config, num_steps)
+    if len(grid.timesteps.unique()) < num_steps or grid.timesteps.diff().gt(0).any():
+        raise UserError(
+            f"generate.num_steps: {num_steps} is too many for this checkpoint's scheduler, two "
+            "steps would share a timestep; use fewer"
+        )
+    return grid
+
+
+def _ddim_grid(config: Any, num_steps: int) -> Grid:
+    scheduler: Any = DDIMScheduler.from_config(config)
+    alpha_bar, last = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
+    if num_steps > len(alpha_bar):
+        return Grid(torch.zeros(1).long(), torch.ones(1, 2), torch.ones(1, 2))
     scheduler.set_timesteps(num_steps)
-    t = scheduler.timesteps.long()
-    alpha_bar = scheduler.alphas_cumprod.double()
-    last = torch.ones(1, dtype=torch.float64)
-    if sampler == "ddim":
-        last = scheduler.final_alpha_cumprod.double().reshape(1)
-    alpha_bar = torch.cat([alpha_bar[t], last])
-    return Grid(t, alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float())
+    starts = scheduler.timesteps.clamp(max=len(alpha_bar) - 1)
+    # Every step goes down by 1000 // num_steps, even where "linspace" and "trailing" place the
+    # next timestep elsewhere: diffusers does, and its images are what users get from our model.
+    ends = starts - len(alpha_bar) // num_steps
+    levels = torch.where(ends < 0, last, alpha_bar[ends.clamp(min=0)])
+    levels = torch.stack([alpha_bar[starts], levels], 1)
+    return Grid(starts, levels.sqrt().float(), (1 - levels).sqrt().float())
+
+
+def _dpm_grid(config: Any, num_steps: int) -> Grid:
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(num_steps)
+    ratios = scheduler.sigmas.double()  # sigma / alpha; karras and its like lie between timesteps
+    alphas = (1 + ratios.square()).rsqrt()
+    return Grid.chain(scheduler.timesteps, alphas.float(), (ratios * alphas).float())
 
 
 def _save(pipe: Any, folder: Path, network: nn.Module, dtype: torch.dtype) -> None:
-    """The whole pipeline, with `network`'s weights in place of the UNet's."""
-    unet = copy.deepcopy(pipe.unet).to("cpu")
-    unet.load_state_dict(network.state_dict())
+    """The whole pipeline, with `network` in place of its UNet."""
     parts = {
         "vae": copy.deepcopy(pipe.vae).to("cpu", dtype),
         "text_encoder": copy.deepcopy(pipe.text_encoder).to("cpu", dtype),
-        "unet": unet.to(dtype),
+        "unet": copy.deepcopy(network).to("cpu", dtype),
     }
     StableDiffusionPipeline(
         **parts,
