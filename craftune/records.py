@@ -97,10 +97,23 @@ def sha256(path: Path) -> str:
 def written(path: Path) -> Iterator[Path]:
     """A partial path to write to; renamed to `path`, durably, when the block ends well."""
     partial = path.with_name(path.name + ".partial")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    except BaseException:  # a full disk has no room for what is left of a file
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,7 +136,33 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged ({error}); run that stage again with --redo") from None
+        raise UserError(f"{path}: damaged, not JSON ({error}); {_redo(path)}") from None
+
+
+def _redo(path: Path) -> str:
+    """What mends a file of a stage, whose folder is named 3-generate and so on."""
+    stage = path.parent.name.partition("-")[2] or "STAGE"
+    return f"run again with --redo {stage}, which makes this stage and the later ones anew"
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and value of every line that is not blank.
+
+    Raises:
+        UserError: a line is not JSON, or the file not UTF-8; names file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    # Not splitlines(), which also splits at characters that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> int:
@@ -141,11 +180,7 @@ def read_rows(kind: type[Row], path: Path) -> list[Row]:
     """
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
+    for number, value in json_lines(path):
         if not isinstance(value, dict) or set(value) != names:
             raise UserError(f"{path}, line {number}: expected the fields {sorted(names)}")
         rows.append(kind(**value))
@@ -167,7 +202,7 @@ def read_table(paths: Path | Iterable[Path], columns: list[str] | None = None) -
     """One Parquet file, or several of one schema as one table.
 
     Raises:
-        UserError: a file is missing or damaged; names it.
+        UserError: a file is missing or damaged; names it. There is no file at all.
     """
     tables = []
     for path in [paths] if isinstance(paths, Path) else sorted(paths):
@@ -179,4 +214,6 @@ def read_table(paths: Path | Iterable[Path], columns: list[str] | None = None) -
                 f"{path}: not a readable Parquet file ({reason}); "
                 "delete it and run again, only this file is made anew"
             ) from None
+    if not tables:
+        raise UserError("there are no Parquet files to read; run the earlier stages first")
     return pa.concat_tables(tables, promote_options="permissive")

@@ -3,7 +3,8 @@
 runs/<name>/{run.json, 1-prompts/, 2-refine/, ... 8-report/}. A stage writes `begun.json` first
 and `done.json` last. `done.json` holds what the stage was made from (settings, sha256 of every
 input) and what it made (sha256 of every output). Equal -> skipped; different -> an error names
-the key; begun but not done -> it goes on from the finished files.
+the key; begun but not done -> it goes on from the finished files. At no moment does a stage's
+folder hold files but neither mark, so files of other settings never mix in.
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ class Stage:
     Attributes:
         name: one of `STAGES`.
         reads: earlier stages whose outputs it reads.
-        made_from: every setting that its outcome depends on.
+        made_from: every setting that its outcome depends on, by section and key.
         work: writes the outputs into the stage's folder; returns counts for the log.
+        code: sha256 of the user's functions that it calls. They may be mended while the stage is
+            unfinished: `work` itself makes anew what they changed.
         device: where it runs, for the record.
     """
 
@@ -41,6 +44,7 @@ class Stage:
     reads: tuple[str, ...]
     made_from: Mapping[str, Any]
     work: Callable[[Path], Mapping[str, int]]
+    code: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
 
 
@@ -50,9 +54,12 @@ def stage_folder(run: Path, name: str) -> Path:
 
 
 def done(run: Path, name: str) -> dict[str, Any] | None:
-    """What a finished stage recorded, or None where it is not finished."""
-    path = stage_folder(run, name) / DONE
-    return read_json(path) if path.is_file() else None
+    """What a finished stage recorded, or None where it is not finished.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    return _mark(run, name, DONE, {"config", "code", "inputs", "outputs", "counts", "seconds"})
 
 
 @contextmanager
@@ -67,14 +74,23 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run}: another craftune process is working on this run") from None
+            raise UserError(
+                f"{run}: another craftune process is working on this run; wait for it, or choose "
+                "another run.name"
+            ) from None
         yield
 
 
 def redo(run: Path, name: str) -> None:
-    """Throw away a stage and all that come after it."""
-    for later in STAGES[STAGES.index(name) :]:
-        shutil.rmtree(stage_folder(run, later), ignore_errors=True)
+    """Throw away a stage and all that come after it, the last one first."""
+    trash = run / ".trash"
+    for later in reversed(STAGES[STAGES.index(name) :]):
+        if trash.exists():
+            shutil.rmtree(trash)
+        if stage_folder(run, later).exists():
+            # All at once: a kill leaves no stage that has lost half its files.
+            stage_folder(run, later).rename(trash)
+            shutil.rmtree(trash)
 
 
 def execute(run: Path, stage: Stage) -> bool:
@@ -85,22 +101,19 @@ def execute(run: Path, stage: Stage) -> bool:
             changed by hand; an earlier stage has not run.
     """
     folder = stage_folder(run, stage.name)
-    key = {"config": _plain(stage.made_from), "inputs": _inputs(run, stage)}
+    inputs = _inputs(run, stage)
+    refuse_change(run, stage, inputs)
     finished = done(run, stage.name)
-    if finished is not None:
-        _refuse_change(run, stage, finished, key)
-        if all((folder / name).is_file() for name in finished["outputs"]):
-            return False
-        (folder / DONE).unlink()
-    elif (folder / BEGUN).is_file():
-        _refuse_change(run, stage, read_json(folder / BEGUN), key)
+    if finished and all((folder / name).is_file() for name in finished["outputs"]):
+        return False
     _verify_inputs(run, stage)
 
+    key = {"config": _plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / BEGUN, key)
+    (folder / DONE).unlink(missing_ok=True)
     started = time.monotonic()
     counts = dict(stage.work(folder))
-    (folder / BEGUN).unlink()
     outputs = sorted(p for p in folder.rglob("*") if p.is_file() and _is_output(p, folder))
     record = {
         "stage": stage.name,
@@ -112,7 +125,33 @@ def execute(run: Path, stage: Stage) -> bool:
         "versions": versions(),
     }
     write_json(folder / DONE, record)
+    (folder / BEGUN).unlink()
     return True
+
+
+def refuse_change(run: Path, stage: Stage, inputs: Mapping[str, Any] | None = None) -> None:
+    """Refuse a stage that was made, or begun, from something else.
+
+    Args:
+        inputs: as `done.json` records them; None compares only the settings.
+
+    Raises:
+        UserError: names the first key that differs, and both values.
+    """
+    before, parts = done(run, stage.name), ("config", "code", "inputs")
+    if before is None:
+        before, parts = _mark(run, stage.name, BEGUN, {"config", "inputs"}), ("config", "inputs")
+    now = {"config": _plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
+    for part in parts:
+        if before is None or now[part] is None:
+            continue
+        difference = _first_difference(before[part], now[part])
+        if difference:
+            raise UserError(
+                f"{stage_folder(run, stage.name)} {_told(part, *difference)}; run with --redo "
+                f"{stage.name} to make this stage and the later ones anew, or choose another "
+                "run.name"
+            )
 
 
 def versions() -> dict[str, str]:
@@ -126,10 +165,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _mark(run: Path, name: str, file: str, keys: set[str]) -> dict[str, Any] | None:
+    """begun.json or done.json of a stage, or None where there is none."""
+    path = stage_folder(run, name) / file
+    if not path.is_file():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or not keys <= value.keys():
+        raise UserError(
+            f"{path}: damaged, lacks {sorted(keys - set(value))[0]!r}; run with --redo {name} to "
+            "make this stage and the later ones anew"
+        )
+    return value
+
+
 def _is_output(path: Path, folder: Path) -> bool:
-    """Checkpoints and TensorBoard files are by-products: they may be deleted."""
+    """Marks are none; checkpoints and TensorBoard files are by-products: they may be deleted."""
     first = path.relative_to(folder).parts[0]
-    by_product = first.startswith("checkpoint-") or first == "tensorboard"
+    by_product = first in (BEGUN, DONE, "tensorboard") or first.startswith("checkpoint-")
     return not by_product and path.suffix != ".partial"
 
 
@@ -161,18 +214,16 @@ def _verify_inputs(run: Path, stage: Stage) -> None:
                 )
 
 
-def _refuse_change(
-    run: Path, stage: Stage, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    for part in ("config", "inputs"):
-        difference = _first_difference(before[part], now[part])
-        if difference:
-            where, old, new = difference
-            raise UserError(
-                f"{stage_folder(run, stage.name)} was made with {where} = {old!r}, now it is "
-                f"{new!r}; run with --redo {stage.name} to make this stage and the later ones "
-                "anew, or choose another run.name"
-            )
+def _told(part: str, where: str, old: Any, new: Any) -> str:
+    """A difference in words; nobody wants to read two digests."""
+    if part == "inputs":
+        stage, _, file = where.partition(".")
+        return f"was made from another {file or 'outcome'} of stage {stage!r}"
+    if part == "code":
+        return f"was made before the source of {where!r} changed"
+    if where.endswith("_sha256"):
+        return f"was made before the content of {where.removesuffix('_sha256')} changed"
+    return f"was made with {where} = {old!r}, now it is {new!r}"
 
 
 def _first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:

@@ -5,11 +5,11 @@ Out of tree, write "package.module:name". The rewrites only diversify what the m
 rewards and training see the original prompt (CRAFT, section 3.2).
 """
 
-import importlib
 import random
 from collections.abc import Callable
 
 from craftune.errors import UserError, unknown_name
+from craftune.plugins import imported
 from craftune.refiners.template import template
 from craftune.shapes.refiner import refine as shapes
 
@@ -36,14 +36,7 @@ def load(name: str) -> Refiner:
     """
     if name in REFINERS:
         return REFINERS[name]
-    if ":" not in name:
-        known = [*REFINERS, FROM_FILE]
-        raise UserError(f"refine.by: {unknown_name('refiner', name, known)}")
-    module_name, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), function, None)
-    except ImportError as error:
-        raise UserError(f"refine.by {name!r}: cannot import {module_name!r}: {error}") from None
-    if not callable(found):
-        raise UserError(f"refine.by {name!r}: {module_name!r} has no function {function!r}")
-    return found
+    if ":" in name:
+        return imported(name, "refine.by")[0]
+    known = [*REFINERS, FROM_FILE]
+    raise UserError(f"refine.by: {unknown_name('refiner', name, known)}")

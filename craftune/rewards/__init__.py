@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable
 
 from craftune.errors import UserError, unknown_name
+from craftune.plugins import imported
 from craftune.rewards.custom import from_import_path
 from craftune.rewards.jpeg import compressibility, incompressibility
 from craftune.shapes.rewards import shapes_a, shapes_h, shapes_i, shapes_p, shapes_verifier
@@ -26,13 +27,19 @@ REWARDS: dict[str, Callable[[], Reward]] = {
 
 
 def check_names(names: Iterable[str], key: str) -> None:
-    """Refuse unknown names before anything loads.
+    """Refuse unknown and repeated names before anything loads; modules from outside are imported.
 
     Raises:
         UserError: names the recipe key, the name and the closest known one.
     """
+    seen: set[str] = set()
     for name in names:
-        if ":" not in name and name not in REWARDS:
+        if name in seen:
+            raise UserError(f"{key}: {name!r} is listed twice")
+        seen.add(name)
+        if ":" in name:
+            imported(name, f"{key}, reward")
+        elif name not in REWARDS:
             hint = 'or give "package.module:function"'
             raise UserError(f"{key}: {unknown_name('reward', name, REWARDS)}; {hint}")
 

@@ -1,10 +1,9 @@
 """Rewards from outside: any function (images, prompts) -> numbers, by "package.module:name"."""
 
 import hashlib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +12,69 @@ from PIL import Image
 from torch import Tensor
 
 from craftune.errors import UserError
+from craftune.plugins import described, imported
 from craftune.types import Reward
 
 
 def from_import_path(path: str) -> Reward:
-    """The reward that "package.module:name" stands for.
+    """The reward that "package.module:name" stands for; it goes by that name.
 
-    The object is a `Reward`, a factory without arguments that returns one, or a function from a
-    list of PIL images and a list of prompts to one number per image (list, array or tensor).
-    Modules are also found in the current directory. The identity carries the module's sha256.
+    The object is a factory without arguments that returns a `Reward`, or a function from a list
+    of PIL images and a list of prompts to one number per image (list, array or tensor). The
+    identity carries the module's sha256.
 
     Raises:
-        UserError: no such module or name, or the object is not callable.
+        UserError: no such module or name, or the factory fails or returns something else.
     """
-    module_name, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"reward {path!r}: cannot import {module_name!r}: {error}") from None
-    found = getattr(module, name, None)
-    if isinstance(found, Reward):
-        return found
-    if not callable(found):
-        raise UserError(f"reward {path!r}: {module_name!r} has no function {name!r}")
-    if not inspect.signature(found).parameters:
-        made = found()
-        if not isinstance(made, Reward):
-            raise UserError(f"reward {path!r}: the factory returned {type(made).__name__}")
-        return made
-    return _wrap(path, found, module)
-
-
-def _wrap(path: str, function: Callable[..., Any], module: Any) -> Reward:
-    """A plain function as a reward named by its import path."""
-
-    def score(images: list[Image.Image], prompts: list[str]) -> Tensor:
-        return torch.as_tensor(function(images, prompts), dtype=torch.float32)
-
+    function, module = imported(path, "reward")
     source = Path(module.__file__).read_bytes() if module.__file__ else b""
     identity = {
         "name": path,
-        "version": str(getattr(module, "__version__", "")),
+        "version": str(vars(module).get("__version__", "")),
         "sha256": hashlib.sha256(source).hexdigest(),
         "preprocessing": "PIL images as stored",
         "dtype": "float32",
     }
-    return Reward(name=path, score=score, identity=identity)
+    if _takes_arguments(function):
+        return Reward(path, _guarded(path, function), identity)
+    made = _call(path, "failed to load", function)
+    if not isinstance(made, Reward):
+        raise UserError(
+            f"reward {path!r}: returned {type(made).__name__} when called without arguments; it "
+            "must take (images, prompts), or return a craftune.Reward"
+        )
+    given = {str(key): str(value) for key, value in made.identity.items()}
+    identity |= given | {"sha256": f"{identity['sha256']} {given.get('sha256', '')}".strip()}
+    return replace(made, name=path, score=_guarded(path, made.score), identity=identity)
+
+
+def _takes_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        return bool(inspect.signature(function).parameters)
+    except ValueError:  # some builtins have no signature
+        return True
+
+
+def _guarded(path: str, function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Whatever goes wrong inside becomes one line that names the reward and the place."""
+
+    def score(images: list[Image.Image], prompts: list[str]) -> Tensor:
+        values = _call(path, f"failed on {len(images)} images", function, images, prompts)
+        try:
+            return torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(values).__name__
+            raise UserError(
+                f"reward {path!r} returned {kind}; it must return one number per image"
+            ) from None
+
+    return score
+
+
+def _call(path: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError:
+        raise  # the stage knows what to lower
+    except Exception as error:  # the user's code runs here: anything may come
+        raise UserError(f"reward {path!r} {what}: {described(error)}") from error

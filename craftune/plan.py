@@ -1,0 +1,208 @@
+"""What each stage is made from, and what it does: the recipe as eight `runs.Stage`."""
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craftune import methods, models
+from craftune.config import ModelConfig, Recipe
+from craftune.plugins import source_sha256
+from craftune.records import canonical, sha256
+from craftune.runs import STAGES, Stage, stage_folder
+from craftune.stages.evaluate import evaluate
+from craftune.stages.generate import generate
+from craftune.stages.prompts import prompts
+from craftune.stages.refine import refine
+from craftune.stages.report import report
+from craftune.stages.score import score
+from craftune.stages.select import choose
+from craftune.stages.train import train
+from craftune.types import Model
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the stages share.
+
+    Attributes:
+        at: folder of each stage.
+        made_from: settings of the run and of the model.
+    """
+
+    recipe: Recipe
+    settings: Mapping[str, Any]
+    at: Mapping[str, Path]
+    device: torch.device
+    made_from: Mapping[str, Any]
+
+    def load(self, config: ModelConfig) -> Model:
+        """A checkpoint on the run's device."""
+        return models.load(config, self.device)
+
+    def only(self, section: str, *keys: str) -> dict[str, Any]:
+        """These keys of a section."""
+        return {key: self.settings[section][key] for key in keys}
+
+    def without(self, section: str, *keys: str) -> dict[str, Any]:
+        """A section without the keys that change no result."""
+        return {k: v for k, v in self.settings[section].items() if k not in keys}
+
+
+def stages(recipe: Recipe, folder: Path, device: torch.device) -> list[Stage]:
+    """The stages in order, not yet run."""
+    settings = asdict(recipe)
+    weights = hashlib.sha256(canonical(models.identity(recipe.model)).encode()).hexdigest()
+    plan = _Plan(
+        recipe,
+        settings,
+        {name: stage_folder(folder, name) for name in STAGES},
+        device,
+        {
+            "run": {"seed": recipe.run.seed},
+            "model": settings["model"] | {"path_sha256": weights},
+        },
+    )
+    return [*_texts(plan), *_pool(plan), *_tuning(plan), _report(plan, folder)]
+
+
+def _texts(plan: _Plan) -> list[Stage]:
+    recipe, seed = plan.recipe, plan.recipe.run.seed
+    run = {"run": plan.made_from["run"]}
+    return [
+        Stage(
+            "prompts",
+            reads=(),
+            made_from={
+                **run,
+                "prompts": plan.settings["prompts"] | _content(recipe.prompts.source),
+                "evaluate": plan.only("evaluate", "source", "num_prompts")
+                | _content(recipe.evaluate.source),
+            },
+            work=lambda out: prompts(recipe.prompts, recipe.evaluate, seed, out),
+        ),
+        Stage(
+            "refine",
+            reads=("prompts",),
+            made_from={**run, "refine": plan.settings["refine"] | _content(recipe.refine.source)},
+            work=lambda out: refine(recipe.refine, seed, plan.at["prompts"] / "prompts.jsonl", out),
+            code=_code([recipe.refine.by], "refine.by"),
+        ),
+    ]
+
+
+def _pool(plan: _Plan) -> list[Stage]:
+    recipe, at, device = plan.recipe, plan.at, str(plan.device)
+    return [
+        Stage(
+            "generate",
+            reads=("prompts", "refine"),
+            made_from={
+                **plan.made_from,
+                "generate": plan.without("generate", "shard_size", "batch_size"),
+            },
+            work=lambda out: generate(
+                recipe.generate,
+                plan.load(recipe.model),
+                recipe.run.seed,
+                at["prompts"] / "prompts.jsonl",
+                at["refine"] / "refined.jsonl",
+                out,
+            ),
+            device=device,
+        ),
+        Stage(
+            "score",
+            reads=("generate",),
+            made_from={"score": plan.only("score", "rewards")},
+            work=lambda out: score(recipe.score, at["generate"], out),
+            code=_code(recipe.score.rewards, "score.rewards"),
+            device=device,
+        ),
+        Stage(
+            "select",
+            reads=("generate", "score"),
+            made_from={"select": plan.settings["select"]},
+            work=lambda out: choose(recipe.select, at["generate"], at["score"], out),
+        ),
+    ]
+
+
+def _tuning(plan: _Plan) -> list[Stage]:
+    recipe, at, device = plan.recipe, plan.at, str(plan.device)
+    names = (*recipe.score.rewards, *recipe.evaluate.rewards)
+    return [
+        Stage(
+            "train",
+            reads=("generate", "select"),
+            made_from={
+                **plan.made_from,
+                "train": plan.without("train", "micro_batch", "save_every", "keep_checkpoints"),
+                "method": plan.settings["method"],
+            },
+            work=lambda out: train(
+                recipe.train,
+                methods.build(recipe.method.name, recipe.method.settings),
+                plan.load(replace(recipe.model, dtype="float32")),
+                recipe.run.seed,
+                at["select"] / "selection.parquet",
+                at["generate"],
+                out,
+            ),
+            device=device,
+        ),
+        Stage(
+            "evaluate",
+            reads=("prompts", "train"),
+            made_from={
+                **plan.made_from,
+                "generate": plan.without("generate", "shard_size", "batch_size"),
+                "score": plan.only("score", "rewards"),
+                "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
+            },
+            work=lambda out: _compare(plan, names, out),
+            code=_code(names, "evaluate.rewards"),
+            device=device,
+        ),
+    ]
+
+
+def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
+    """Base, then tuned, on the evaluation prompts."""
+    recipe, prompts = plan.recipe, plan.at["prompts"] / "evaluation.jsonl"
+    tuned = replace(recipe.model, path=str(plan.at["train"] / "model"), family="auto", variant=None)
+    counts = {}
+    for arm, config in (("base", recipe.model), ("tuned", tuned)):
+        model, seed = plan.load(config), recipe.run.seed
+        counts[f"{arm} images"] = evaluate(
+            arm, recipe.evaluate, recipe.generate, model, names, seed, prompts, out
+        )
+    shutil.copy(prompts, out / "prompts.jsonl")
+    return counts
+
+
+def _report(plan: _Plan, folder: Path) -> Stage:
+    return Stage(
+        "report",
+        reads=tuple(name for name in STAGES if name != "report"),
+        made_from={
+            "run": plan.made_from["run"],
+            "report": plan.settings["report"],
+            "evaluate": plan.only("evaluate", "resamples"),
+        },
+        work=lambda out: report(folder, out),
+    )
+
+
+def _content(source: str) -> dict[str, str]:
+    """Digest of the user's file, where one is given."""
+    return {"source_sha256": sha256(models.resolve(source))} if source else {}
+
+
+def _code(names: Iterable[str], key: str) -> dict[str, str]:
+    """Digests of the functions from outside."""
+    return {name: source_sha256(name, key) for name in names if ":" in name}
