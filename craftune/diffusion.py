@@ -87,7 +87,11 @@ class Schedule:
         return self.split_at(prediction, x_t, *self.scales(t, x_t))
 
     def split_at(
-        self, prediction: Float[Tensor, "b ..."], x_t: Float[Tensor, "b ..."], alpha: Tensor, sigma: Tensor
+        self,
+        prediction: Float[Tensor, "b ..."],
+        x_t: Float[Tensor, "b ..."],
+        alpha: Tensor,
+        sigma: Tensor,
     ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b ..."]]:
         """The same at any level: samplers also visit levels between timesteps."""
         if self.target == "epsilon":

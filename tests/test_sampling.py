@@ -105,9 +105,7 @@ def test_the_embedded_model_draws_as_the_pipeline_does(sampler: str) -> None:
         pytest.skip("the embedded model is not there yet")
     model, pipe = load_sd(path), pipeline(path, sampler)
     noise = initial_noise([1, 2], model.latent_shape)
-    wanted = pipe(
-        PROMPTS, latents=noise.clone(), num_inference_steps=5, guidance_scale=3.0
-    ).images
+    wanted = pipe(PROMPTS, latents=noise.clone(), num_inference_steps=5, guidance_scale=3.0).images
     with torch.no_grad():
         found = to_pil(model.decode(drawn(model, sampler, 5, 3.0, noise)))
     for ours, theirs in zip(found, wanted, strict=True):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_log
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -202,17 +203,8 @@ def random_checkpoint(
         settings["prediction_type"] = prediction_type
     if zero_snr:
         settings["rescale_betas_zero_snr"] = True
-    vocabulary = _write_tokenizer(folder / "tokenizer")
     stored = torch.float16 if variant == "fp16" else dtype
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        networks = {
-            "text_encoder": _text_encoder(vocabulary),
-            "unet": _unet(),
-            "vae": _kl() if vae == "kl" else _tiny(),
-        }
-    for name, network in networks.items():
-        network.to(stored).save_pretrained(folder / name, variant=variant)
+    shutil.copytree(_kept_networks(vae, stored, variant, seed), folder, dirs_exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", settings)
     _write_json(
         folder / "model_index.json",
@@ -225,7 +217,7 @@ def random_checkpoint(
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", type(networks["vae"]).__name__],
+            "vae": ["diffusers", "AutoencoderKL" if vae == "kl" else "AutoencoderTiny"],
         },
     )
     return folder
@@ -235,6 +227,24 @@ def random_checkpoint(
 def _kept_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="craftune-toy-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _kept_networks(vae: str, dtype: torch.dtype, variant: str | None, seed: int) -> Path:
+    """The tokenizer and the networks' folders, made once per session."""
+    diffusers_log.set_verbosity_error()
+    folder = _kept_folder() / f"{vae}-{dtype}-{variant}-{seed}"
+    vocabulary = _write_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        networks = {
+            "text_encoder": _text_encoder(vocabulary),
+            "unet": _unet(),
+            "vae": _kl() if vae == "kl" else _tiny(),
+        }
+    for name, network in networks.items():
+        network.to(dtype).save_pretrained(folder / name, variant=variant)
     return folder
 
 

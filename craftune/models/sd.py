@@ -15,11 +15,13 @@ from diffusers.utils import logging as diffusers_log
 from jaxtyping import Float, Num
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_log
 
 from craftune.config import ModelConfig
 from craftune.diffusion import Grid, Schedule, Target
 from craftune.errors import UserError
+from craftune.records import read_json, write_json
 from craftune.types import Cond, Model
 
 TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -51,7 +53,7 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
     """
     pipe = _pipeline(path, config)
     for name in ("unet", "vae", "text_encoder"):
-        _check_finite(getattr(pipe, name), path / name)
+        _check_weights(getattr(pipe, name), path / name)
     pipe.unet.requires_grad_(False).eval()
     pipe.vae.requires_grad_(False).eval()
     pipe.text_encoder.requires_grad_(False).eval()
@@ -60,7 +62,7 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
 
     @torch.no_grad()
-    def encode_prompts(texts: list[str]) -> Cond:
+    def encode(texts: list[str]) -> Tensor:
         ids = pipe.tokenizer(
             texts,
             padding="max_length",
@@ -68,7 +70,11 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        return Cond({"tokens": pipe.text_encoder(ids.to(device))[0].float()})
+        return pipe.text_encoder(ids.to(device))[0].float()
+
+    def encode_prompts(texts: list[str]) -> Cond:
+        parts = [encode(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+        return Cond({"tokens": torch.cat(parts)})
 
     def decode(latents: Tensor) -> Tensor:
         image = vae.decode(latents.to(vae.dtype) / scale, return_dict=False)[0]
@@ -99,14 +105,24 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
 def _pipeline(path: Path, config: ModelConfig) -> Any:
     """The checkpoint's components, with the safety checker left out: rewards see every image."""
     _quiet()
+    common: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "variant": config.variant,
+        "local_files_only": True,
+    }
     try:
+        # transformers invents missing weights; the pipeline would not tell which.
+        text_encoder, info = CLIPTextModel.from_pretrained(
+            path, subfolder="text_encoder", output_loading_info=True, **common
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"text_encoder lacks the weight {min(info['missing_keys'])!r}")
         return StableDiffusionPipeline.from_pretrained(
             path,
-            dtype=getattr(torch, config.dtype),
-            variant=config.variant,
+            text_encoder=text_encoder,
             safety_checker=None,
             requires_safety_checker=False,
-            local_files_only=True,
+            **common,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -121,8 +137,10 @@ def _quiet() -> None:
     transformers_log.set_verbosity_error()
 
 
-def _check_finite(module: nn.Module, where: Path) -> None:
+def _check_weights(module: nn.Module, where: Path) -> None:
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise UserError(f"{where}: lacks the weight {name!r}; the checkpoint is incomplete")
         if not torch.isfinite(parameter).all():
             raise UserError(f"{where}: weight {name!r} is not finite; the checkpoint is damaged")
 
@@ -145,12 +163,13 @@ def _schedule(pipe: Any, path: Path) -> Schedule:
 
 def _grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
     """The steps that diffusers' own scheduler takes under the checkpoint's settings."""
+    config = pipe.scheduler.config
     make = _ddim_grid if sampler == "ddim" else _dpm_grid
-    grid = make(pipe.scheduler.config, num_steps)
-    if len(grid.timesteps.unique()) < num_steps or grid.timesteps.diff().gt(0).any():
+    grid = make(config, num_steps) if num_steps < config.num_train_timesteps else None
+    if grid is None or grid.timesteps.diff().ge(0).any():
         raise UserError(
-            f"generate.num_steps: {num_steps} is too many for this checkpoint's scheduler, two "
-            "steps would share a timestep; use fewer"
+            f"generate.num_steps: {num_steps} are too many for this checkpoint's "
+            f"{config.num_train_timesteps} timesteps, some would repeat; use fewer"
         )
     return grid
 
@@ -158,10 +177,8 @@ def _grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
 def _ddim_grid(config: Any, num_steps: int) -> Grid:
     scheduler: Any = DDIMScheduler.from_config(config)
     alpha_bar, last = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
-    if num_steps > len(alpha_bar):
-        return Grid(torch.zeros(1).long(), torch.ones(1, 2), torch.ones(1, 2))
     scheduler.set_timesteps(num_steps)
-    starts = scheduler.timesteps.clamp(max=len(alpha_bar) - 1)
+    starts = scheduler.timesteps
     # Every step goes down by 1000 // num_steps, even where "linspace" and "trailing" place the
     # next timestep elsewhere: diffusers does, and its images are what users get from our model.
     ends = starts - len(alpha_bar) // num_steps
@@ -195,6 +212,10 @@ def _save(pipe: Any, folder: Path, network: nn.Module, dtype: torch.dtype) -> No
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    # transformers would load the text encoder in the dtype written here, diffusers the rest in
+    # float32: a plain from_pretrained could not draw. "float32" is what SD1.5 publishes, too.
+    text_config = folder / "text_encoder" / "config.json"
+    write_json(text_config, read_json(text_config) | {"dtype": "float32"})
 
 
 def _save_lora(folder: Path, network: nn.Module) -> None:
