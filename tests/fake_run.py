@@ -39,6 +39,11 @@ TRAINING = ("shapes-h", "shapes-p", "shapes-a")
 HELD_OUT = ("shapes-i", "strict")
 
 
+SELECT = SelectConfig(
+    roles={"h": "shapes-h", "p": "shapes-p", "a": "shapes-a"}, k=8, per_prompt_cap=2
+)
+
+
 @dataclass(frozen=True)
 class Fake:
     """What the run is to look like."""
@@ -52,14 +57,15 @@ class Fake:
     held_out: tuple[str, ...] = HELD_OUT
     categories: bool = True
     texts: tuple[str, ...] = ()
-    select: SelectConfig = SelectConfig(
-        roles={"h": "shapes-h", "p": "shapes-p", "a": "shapes-a"}, k=8, per_prompt_cap=2
-    )
+    select: SelectConfig = SELECT
     resamples: int = 500
     seed: int = 0
 
 
-def fake_run(folder: Path, fake: Fake = Fake()) -> Path:
+FAKE = Fake()
+
+
+def fake_run(folder: Path, fake: Fake = FAKE) -> Path:
     """Write every file that the report reads. Returns the folder."""
     rng = np.random.default_rng(fake.seed)
     for name in STAGES:
@@ -103,7 +109,7 @@ def fake_run(folder: Path, fake: Fake = Fake()) -> Path:
         "score": {"candidates": funnel["candidates"], "scores": funnel["candidates"] * 3},
         "select": funnel,
         "train": {"examples": funnel["selected"], "steps": 120},
-        "evaluate": {"base images": len(held_out) * fake.images},
+        "evaluate": {f"{arm} images": len(held_out) * fake.images for arm in ("base", "tuned")},
     }
     seconds = [0.1, 0.4, 61.0, 20.5, 0.2, 95.3, 74.2]
     for name, spent in zip(STAGES, seconds, strict=False):
@@ -116,6 +122,7 @@ def write_done(folder: Path, name: str, counts: dict[str, int], seconds: float) 
     record = {
         "stage": name,
         "config": {},
+        "code": {},
         "inputs": {},
         "outputs": outputs if name == "train" else {},
         "counts": counts,

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float
 from markupsafe import Markup, escape
 
-from craftune.reporting.wording import MINUS
+from craftune.reporting.wording import MINUS, Number
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 10, 24
-BINS = 32
+MOST_BINS = 40
 MOST_POINTS = 400
 """Drawn per line; more cannot be told apart at this width."""
 
@@ -22,12 +22,12 @@ MOST_POINTS = 400
 class Axis:
     """A range of numbers and where it lies on the drawing."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
 
-    def at(self, value: float) -> float:
+    def at(self, value: Number) -> float:
         """The coordinate of a value, rounded to a tenth of a pixel."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 1)
@@ -36,11 +36,13 @@ class Axis:
 def histogram(base: Float[np.ndarray, " n"], tuned: Float[np.ndarray, " n"], name: str) -> Markup:
     """Both distributions over the same bins, with their means."""
     low, high = _range(np.concatenate([base, tuned]))
-    edges = np.linspace(low, high, BINS + 1)
+    # Rice's rule, so that few images do not look like noise.
+    bins = min(MOST_BINS, max(8, math.ceil(2 * len(base) ** (1 / 3))))
+    edges = np.linspace(low, high, bins + 1)
     shares = [np.histogram(values, edges)[0] / len(values) for values in (base, tuned)]
-    x = Axis(low, high, LEFT, WIDTH - RIGHT)
+    x = Axis(low, high, RIGHT, WIDTH - RIGHT)
     y = Axis(0.0, float(max(s.max() for s in shares)) * 1.08, HEIGHT - BOTTOM, TOP)
-    parts = [_x_axis(x), f'<line class="axis" {_line(LEFT, y.start, WIDTH - RIGHT, y.start)}/>']
+    parts = [_x_axis(x), f'<line class="axis" {_line(RIGHT, y.start, WIDTH - RIGHT, y.start)}/>']
     for values, share, kind in zip((base, tuned), shares, ("base", "tuned"), strict=True):
         mean = x.at(float(values.mean()))
         parts += [
@@ -75,7 +77,7 @@ def moving_average(values: Float[np.ndarray, " n"], reach: int) -> Float[np.ndar
     return (total[last] - total[first]) / (last - first)
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def ticks(low: Number, high: Number, most: int = 6) -> list[Number]:
     """Round numbers within the range, at most so many."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
@@ -83,7 +85,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def tick_label(value: float, all_ticks: Sequence[float]) -> str:
+def tick_label(value: Number, all_ticks: Sequence[Number]) -> str:
     """As many digits as tell the ticks apart."""
     step = min((b - a for a, b in itertools.pairwise(all_ticks)), default=1.0)
     size = max(abs(t) for t in all_ticks)
@@ -120,7 +122,7 @@ def _x_axis(x: Axis) -> str:
 
 
 def _y_axis(y: Axis) -> str:
-    marks = ticks(y.low, y.high, 4)
+    marks = ticks(y.low, y.high, 5)
     return "".join(
         f'<line class="grid" {_line(LEFT, y.at(t), WIDTH - RIGHT, y.at(t))}/>'
         f'<text x="{LEFT - 6}" y="{y.at(t) + 4}" text-anchor="end">{tick_label(t, marks)}</text>'
@@ -128,7 +130,7 @@ def _y_axis(y: Axis) -> str:
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+def _line(x1: Number, y1: Number, x2: Number, y2: Number) -> str:
     return f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
 
 

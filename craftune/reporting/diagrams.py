@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from craftune.reporting import wording
+from craftune.reporting.wording import Number
 
 NO_FILTER = "none"
 
@@ -24,8 +25,8 @@ class Step:
     label: str
     count: int
     lost: int
-    left: float
-    gone: float
+    left: Number
+    gone: Number
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Whisker:
     """A mean and its interval on a common axis, in percent of its width."""
 
     entry: Mapping[str, Any]
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Forest:
     """All measures in standard deviations of the base's images, on one axis."""
 
     rows: tuple[Whisker, ...]
-    zero: float
-    ticks: tuple[tuple[float, str], ...]
+    zero: Number
+    ticks: tuple[tuple[Number, str], ...]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Dumbbell:
 
     category: str
     prompts: int
-    base: float
-    tuned: float
+    base: Number
+    tuned: Number
     cell: Mapping[str, Any]
 
 
@@ -71,7 +72,7 @@ def forest(entries: Sequence[Mapping[str, Any]]) -> Forest | None:
     margin = 0.06 * (high - low) or 1.0
     low, high = low - margin, high + margin
 
-    def at(value: float) -> float:
+    def at(value: Number) -> Number:
         return round(100 * (value - low) / (high - low), 2)
 
     rows = []
@@ -81,8 +82,14 @@ def forest(entries: Sequence[Mapping[str, Any]]) -> Forest | None:
         rows.append(Whisker(entry, at(effect["mean"]), at(ends[0]), at(ends[1])))
     step = next(s for s in (0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 1e9) if (high - low) / s <= 5)
     marks = [step * k for k in range(-5, 6) if low <= step * k <= high]
-    ticks = tuple((at(mark), wording.signed(mark, 0 if step >= 1 else 2)) for mark in marks)
+    ticks = tuple((at(mark), _tick(mark)) for mark in marks)
     return Forest(tuple(rows), at(0.0), ticks)
+
+
+def _tick(value: Number) -> str:
+    """As short as it goes: 0, +0.2, +0.25."""
+    digits = next(d for d in range(7) if abs(round(value, d) - value) < 1e-9 or d == 6)
+    return wording.signed(value, digits)
 
 
 def dumbbells(categories: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[Dumbbell, ...]:
@@ -96,7 +103,7 @@ def dumbbells(categories: Mapping[str, Any], entry: Mapping[str, Any]) -> tuple[
     # Scores have no natural ends: a tenth of the axis stays free on either side.
     edge = 0.0 if entry["kind"] == "share" else 10.0
 
-    def at(value: float) -> float:
+    def at(value: Number) -> Number:
         return round(edge + (100 - 2 * edge) * (value - low) / span, 2)
 
     cells = [(row, row["measures"][entry["name"]]) for row in rows]

@@ -88,7 +88,9 @@ def extremes(
     count = min(EXTREMES, len(evaluation.ids) // 2)
     order = [int(i) for i in np.argsort(-difference, kind="stable")]
     gains = _one_per_prompt(evaluation, order, count, set())
-    losses = _one_per_prompt(evaluation, order[::-1], count, {evaluation.prompt[i] for i in gains})
+    losses = _one_per_prompt(
+        evaluation, order[::-1], count, {int(evaluation.prompt[i]) for i in gains}
+    )
     return gains, losses
 
 
@@ -97,9 +99,10 @@ def _one_per_prompt(
 ) -> list[int]:
     found: list[int] = []
     for i in order:
-        if len(found) < count and evaluation.prompt[i] not in taken:
+        prompt = int(evaluation.prompt[i])
+        if len(found) < count and prompt not in taken:
             found.append(i)
-            taken.add(evaluation.prompt[i])
+            taken.add(prompt)
     return found
 
 

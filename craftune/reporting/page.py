@@ -16,6 +16,15 @@ from craftune.reporting.read import Run
 HERE = Path(__file__).parent
 CURVES = ("loss", "error", "grad_norm")
 """Shown first; further metrics follow in a fold."""
+MADE = {
+    "prompts": ("prompts", "evaluation_prompts"),
+    "generate": ("candidates",),
+    "score": ("scores",),
+    "select": ("selected",),
+    "train": ("examples", "steps"),
+}
+"""Which counts of a stage are named beside its cost; all where a stage is not listed."""
+RATED = ("generate", "score", "train")
 UNDRAWN = ("step", "seconds", "learning_rate")
 
 
@@ -58,6 +67,7 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
         **_pool(run, summary),
         curves=_curves(run, CURVES),
         more_curves=_curves(run, [name for name in run.metrics if name not in CURVES]),
+        made={stage["stage"]: _made(stage) for stage in costs["stages"]},
         settings=_flat(summary["settings"]),
         identities={name: _flat(value) for name, value in summary["identities"].items()},
     )
@@ -130,6 +140,22 @@ def _curves(run: Run, names: Sequence[str]) -> list[tuple[str, Markup]]:
         for name in names
         if name in run.metrics and name not in UNDRAWN
     ]
+
+
+def _made(stage: Mapping[str, Any]) -> str:
+    """What a stage made, and how fast."""
+    counts = stage["counts"]
+    names = MADE.get(stage["stage"], tuple(counts))
+    text = ", ".join(
+        f"{wording.number(counts[name])} {name.replace('_', ' ')}"
+        for name in names
+        if counts.get(name)
+    )
+    main = counts.get(names[-1], 0) if names else 0
+    if stage["stage"] not in RATED or not main or not stage["seconds"]:
+        return text
+    rate = main / stage["seconds"]
+    return f"{text} ({wording.number(rate, 0 if rate >= 100 else 1)} per second)"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+Number: TypeAlias = int | float
 MINUS, NARROW, ARROW = "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}", "\N{RIGHTWARDS ARROW}"
 IMPROVED, UNCLEAR, WORSE = "improved", "no clear change", "worse"
 FEW_PROMPTS = 20
@@ -17,7 +18,7 @@ def verdict(difference: Mapping[str, Any]) -> str:
     return IMPROVED if difference["low"] > 0 else WORSE if difference["high"] < 0 else UNCLEAR
 
 
-def number(value: float | None, decimals: int = 0) -> str:
+def number(value: Number | None, decimals: int = 0) -> str:
     """1,234.5 with a true minus sign; an n-dash where there is no number."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
@@ -27,13 +28,14 @@ def number(value: float | None, decimals: int = 0) -> str:
     return text.replace("-", MINUS)
 
 
-def signed(value: float | None, decimals: int = 0) -> str:
-    """With a sign, also when positive."""
-    text = number(value, decimals)
-    return f"+{text}" if text[0].isdigit() and text.strip("0.,") else text
+def signed(value: Number | None, decimals: int = 0) -> str:
+    """With a sign, which stays where rounding leaves only zeros: +0.00 is above zero."""
+    if value is None or not math.isfinite(value) or value == 0:
+        return number(value, decimals)
+    return ("+" if value > 0 else MINUS) + number(abs(value), decimals)
 
 
-def percent(value: float | None, decimals: int = 1) -> str:
+def percent(value: Number | None, decimals: int = 1) -> str:
     """0.523 as 52.3 %."""
     return f"{number(None if value is None else 100 * value, decimals)}{NARROW}%"
 
@@ -48,14 +50,14 @@ def decimals(entry: Mapping[str, Any]) -> int:
     return min(6, max(0, 1 - math.floor(math.log10(size))))
 
 
-def level(value: float | None, entry: Mapping[str, Any]) -> str:
+def level(value: Number | None, entry: Mapping[str, Any]) -> str:
     """A score or mean of this reward."""
     if entry["kind"] == "share":
         return percent(value)
     return number(value, decimals(entry))
 
 
-def change(value: float | None, entry: Mapping[str, Any]) -> str:
+def change(value: Number | None, entry: Mapping[str, Any]) -> str:
     """A difference of this reward, signed; of shares in percentage points."""
     if entry["kind"] == "share":
         return signed(None if value is None else 100 * value, 1)
@@ -89,31 +91,25 @@ def sentence(entry: Mapping[str, Any]) -> str:
 
 
 def conclusion(entries: Sequence[Mapping[str, Any]]) -> str:
-    """All headline measures in one sentence."""
-    total = len(entries)
-    count = {v: sum(e["verdict"] == v for e in entries) for v in (IMPROVED, UNCLEAR, WORSE)}
-    if total == 1:
-        return {
-            IMPROVED: "The tuned model is better on the one headline measure.",
-            UNCLEAR: "No clear change on the one headline measure.",
-            WORSE: "The tuned model is worse on the one headline measure.",
-        }[entries[0]["verdict"]]
-    everywhere = "both" if total == 2 else f"all {total}"
-    if count[IMPROVED] == total:
-        return f"The tuned model is better on {everywhere} headline measures."
-    if count[WORSE] == total:
-        return f"The tuned model is worse on {everywhere} headline measures."
-    if count[UNCLEAR] == total:
-        return (
-            f"No clear change on {'either' if total == 2 else 'any'} of {total} headline measures."
-        )
-    parts = [f"better on {count[IMPROVED]}"] if count[IMPROVED] else []
-    parts += [f"worse on {count[WORSE]}"] if count[WORSE] else []
-    tail = f", with no clear change on {count[UNCLEAR]}" if count[UNCLEAR] else ""
-    return f"Of {total} headline measures, the tuned model is {' and '.join(parts)}{tail}."
+    """All headline measures in one sentence, by name."""
+    named = {found: [] for found in (IMPROVED, WORSE, UNCLEAR)}
+    for entry in entries:
+        name = "the composite reward" if entry["role"] == "composite" else entry["name"]
+        named[entry["verdict"]].append(name)
+    moved = [f"better on {listing(named[IMPROVED], 'and')}"] if named[IMPROVED] else []
+    moved += [f"worse on {listing(named[WORSE], 'and')}"] if named[WORSE] else []
+    if not moved:
+        return f"No clear change on {listing(named[UNCLEAR], 'or')}."
+    rest = f"; no clear change on {listing(named[UNCLEAR], 'or')}" if named[UNCLEAR] else ""
+    return f"The tuned model is {' and '.join(moved)}{rest}."
 
 
-def duration(seconds: float) -> str:
+def listing(names: Sequence[str], word: str) -> str:
+    """a, b and c."""
+    return f" {word} ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def duration(seconds: Number) -> str:
     """4.2 s, 3 min 12 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f}{NARROW}s"

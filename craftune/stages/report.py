@@ -21,7 +21,9 @@ def report(run: Path, out: Path) -> dict[str, int]:
         UserError: a stage is not done, or its files are damaged or do not fit together.
     """
     loaded = read_run(run)
-    summary = summarise(loaded, loaded.recipe["evaluate"]["resamples"], loaded.recipe["run"]["seed"])
+    summary = summarise(
+        loaded, loaded.recipe["evaluate"]["resamples"], loaded.recipe["run"]["seed"]
+    )
     spent = costs(loaded)
     write_json(out / "report.json", summary)
     write_json(out / "costs.json", spent)
