@@ -17,6 +17,7 @@ from torch import nn
 
 from craftune.config import TrainConfig
 from craftune.progress import track
+from craftune.records import write_text
 from craftune.seeds import stream
 from craftune.training_state import latest, prune, save
 from craftune.types import Denoiser, Method
@@ -64,6 +65,7 @@ def train(
             metrics = _gradients(method, policy, reference, feed, config, seed, step)
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             _require_finite(step, metrics, norm.item())
+            method.check(metrics)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average is not None:
@@ -74,8 +76,8 @@ def train(
                     **metrics,
                     "grad_norm": norm.item(),
                     "learning_rate": optimizer.param_groups[0]["lr"],
-                    "seconds": time.perf_counter() - started,
-                }
+                },
+                time.perf_counter() - started,
             )
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                 save(out / f"checkpoint-{step + 1}", step + 1, stateful)
@@ -129,23 +131,26 @@ def _update_average(average: nn.Module, network: nn.Module, decay: float) -> Non
 
 
 @contextlib.contextmanager
-def _metrics_log(out: Path, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """metrics.jsonl and TensorBoard; rows after the checkpoint that training goes on from go."""
+def _metrics_log(out: Path, first: int) -> Iterator[Callable[[dict[str, float], float], None]]:
+    """metrics.jsonl and TensorBoard; rows after the checkpoint that training goes on from go.
+
+    The seconds go to TensorBoard alone: metrics.jsonl is the same bytes whenever the training is.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.jsonl"
     kept = path.read_text().splitlines(keepends=True)[:first] if path.is_file() else []
+    write_text(path, "".join(kept))  # whole or not at all: a kill must not lose these rows
     with (
-        path.open("w") as file,
+        path.open("a") as file,
         SummaryWriter(str(out / "tensorboard"), purge_step=first + 1) as board,
     ):
-        file.writelines(kept)
 
-        def log(row: dict[str, float]) -> None:
+        def log(row: dict[str, float], seconds: float) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
-            for name, value in row.items():
+            for name, value in {**row, "seconds": seconds}.items():
                 board.add_scalar(name, value, int(row["step"]))
 
         yield log

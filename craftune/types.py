@@ -190,5 +190,16 @@ class Method(Protocol[Batch, Drawn]):
     def loss(
         self, policy: Denoiser, reference: Denoiser | None, batch: Batch, draws: Drawn
     ) -> tuple[Float[Tensor, ""], Metrics]:
-        """Mean over the batch of what is minimised, and scalars to log."""
+        """Mean over the batch of what is minimised, and scalars to log.
+
+        The scalars are means over the batch too, so that those of micro-batches add up.
+        """
+        ...
+
+    def check(self, metrics: Metrics) -> None:
+        """Called with the whole batch's scalars before the optimizer steps.
+
+        Raises:
+            FloatingPointError: training has gone wrong; says what to change.
+        """
         ...

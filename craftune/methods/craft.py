@@ -70,24 +70,32 @@ class CRAFT:
         prediction, target = predict(policy, batch, draws)
         error = squared_error(prediction, target)
         metrics = {"error": error.mean().item()}
-        if reference is None:
+        if not self.needs_reference:
             loss = (batch.weight * error).mean()
             return loss, {"loss": loss.item(), **metrics}
+        assert reference is not None, f'negatives = "{self.negatives}" needs the reference'
         with torch.no_grad():
             start, _ = predict(reference, batch, draws)
         start_error = squared_error(start, target)
-        metrics["error_over_reference"] = (error.mean() / start_error.mean()).item()
+        metrics["reference_error"] = start_error.mean().item()
         if self.negatives == "anchor":
             share = (0.5 + batch.weight / (2 * self.advantage_max)).clamp(0, 1)
             loss = anchored_loss(prediction, start, target, share, self.beta).mean()
         else:
-            self._stop_if_diverged(error, start_error, batch.weight)
+            negative = (batch.weight < 0).float()
+            metrics["negative_error"] = (negative * error).mean().item()
+            metrics["negative_reference_error"] = (negative * start_error).mean().item()
             loss = (batch.weight * error).mean()
         return loss, {"loss": loss.item(), **metrics}
 
-    def _stop_if_diverged(self, error: Tensor, start_error: Tensor, weight: Tensor) -> None:
-        negative = weight < 0
-        ratio = (error[negative].mean() / start_error[negative].mean()).item()
+    def check(self, metrics: Metrics) -> None:
+        """The guard of "keep".
+
+        Raises:
+            FloatingPointError: the error on negatives has grown too far.
+        """
+        start = metrics.get("negative_reference_error", 0.0)
+        ratio = metrics["negative_error"] / start if start else 0.0
         if ratio > self.guard:
             raise FloatingPointError(
                 f"the error on negatives is {ratio:.2f} times the starting network's, above "

@@ -42,3 +42,6 @@ class SFT:
         error = squared_error(*predict(policy, batch, draws))
         loss = (batch.weight * error).mean()
         return loss, {"loss": loss.item(), "error": error.mean().item()}
+
+    def check(self, metrics: Metrics) -> None:
+        """Nothing beyond the loop's own checks."""
