@@ -1,0 +1,603 @@
+"""Selection: which candidates become training examples, and with which advantage.
+
+Sun et al., "CRAFT: Aligning Diffusion Models with Fine-Tuning Is Easier Than You Think", CVPR 2026,
+arXiv:2603.18991. Eq. 4 is `wins`, `joint` and `FILTERS`; r_total (sections 3.3, 4.1) is the
+composite; Algorithm 1, step 3 is `advantages`; Table 5 is `SelectConfig.strategy`.
+
+A pool is one dense array `scores[rewards, groups, columns]`, columns = 1 + N: column 0 is the plain
+prompt's image, the baseline, never selected; columns 1..N are its refined variants. All scores are
+against the original prompt (Eq. 3). Where a group has fewer images, `present` says so.
+
+Groups are worked on in blocks and in float64, whatever the scores' dtype: temporaries stay small,
+and a group of equal images gets advantage 0, not rounding noise divided by epsilon.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, TypeAlias, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+FILTERS: dict[str, tuple[str, ...]] = {
+    "I_h": ("h",),
+    "I_p": ("p",),
+    "I_a": ("a",),
+    "I_ha": ("h", "a"),
+    "I_pa": ("p", "a"),
+    "I_hpa": ("h", "p", "a"),
+    "I_hp": ("h", "p"),  # not in the paper
+}
+"""Eq. 4: the rewards on which one and the same refined image must beat its group's baseline."""
+
+Block: TypeAlias = Float[np.ndarray, "groups columns"]
+Mask: TypeAlias = Bool[np.ndarray, "groups columns"]
+Scores: TypeAlias = Float[np.ndarray, "rewards groups columns"]
+Map: TypeAlias = Callable[[Block, Mask], Block]
+Value = TypeVar("Value")
+
+
+class NothingSelected(ValueError):  # noqa: N818  as StopIteration: an outcome
+    """No candidate passes the filter; the message says what each part of the filter would keep."""
+
+
+class Status(IntEnum):
+    """What became of a cell of the pool; a candidate (all but ABSENT) ends in exactly one."""
+
+    ABSENT = 0
+    DROPPED_NO_BASELINE = 1
+    DROPPED_NAN = 2
+    BASELINE = 3
+    REMOVED_BY_FILTER = 4
+    NOT_A_WINNER = 5
+    CUT_BY_CAP = 6
+    CUT_BY_K = 7
+    SELECTED = 8
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class SelectConfig:
+    """The [select] section of a recipe. Rewards go by their names or by their role letters."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    """Letter of a filter -> reward name, e.g. {"h": "hpsv2.1"}; a letter without a role stands
+    for the reward of that very name."""
+    filter: str | tuple[str, ...] = "I_hpa"
+    """I_ and role letters (I_hpa is the paper's), "none", or a list of rewards: a group is kept if
+    one of its images scores higher (>) than the baseline on all. More rewards keep fewer groups."""
+    image_level: bool = False
+    """Also require of the image itself, not just of one in its group, to win on all of them."""
+    weights: dict[str, float] = field(default_factory=lambda: {"h": 0.4, "p": 0.4, "a": 0.2})
+    """Reward -> importance in the composite, >= 0 (default: section 4.1). Not normalised."""
+    scale: Literal["zscore", "minmax", "mad", "fixed", "group", "rank"] = "zscore"
+    """How scores become comparable before they are weighted: (score - center) / spread over the
+    whole pool with its baselines (zscore; minmax; mad = median and 1.4826 MAD) or by `fixed`;
+    z-score within each group; mid-rank in the pool, 0 to 1 (rank: seconds per million images)."""
+    fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """For scale = "fixed": reward -> (center, spread > 0), in the reward's unit."""
+    advantage_over: Literal["refined", "all"] = "refined"
+    """Images that the mean and deviation of the advantage run over: j = 1..N (Algorithm 1), or
+    0..N, which raises the winners' advantages, as the baseline is a loser by construction."""
+    epsilon: float = 1e-6
+    """Added to the (population) deviation, > 0; larger damps groups of nearly equal images."""
+    strategy: Literal["top", "random", "low", "all"] = "top"
+    """Which of the eligible to take: highest, random, lowest, or every one (k unused). As in
+    Table 5, whose four strategies all draw from the filtered set."""
+    mode: Literal["image", "group"] = "image"
+    """Take single images; or whole groups, k // N of them, by their best eligible image."""
+    rank_by: Literal["composite", "gain", "advantage"] = "composite"
+    """What makes an image high: R, R minus its baseline's R, or the advantage. R favours easy
+    prompts."""
+    k: int = 100
+    """Images to take, >= 1; fewer if fewer are eligible."""
+    per_prompt_cap: int = 1
+    """Most images of one group, applied before k, for every strategy; 0 = no cap. Unused for
+    whole groups."""
+    placebo: bool = False
+    """Control arm: shuffle the advantages among the selected, so that they say nothing."""
+    seed: int = 0
+    """Of the random strategy and, separately, of the placebo, >= 0."""
+
+    def __post_init__(self) -> None:
+        filter_keys(self.filter)
+        least = {"k": (self.k, 1), "per_prompt_cap": (self.per_prompt_cap, 0)}
+        for key, (value, low) in {**least, "seed": (self.seed, 0)}.items():
+            if value < low:
+                raise ValueError(f"select.{key} must be >= {low}, got {value}")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"select.epsilon must be > 0, got {self.epsilon}")
+        weights = self.weights.values()
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(f"select.weights must be >= 0 and not all 0, got {self.weights}")
+        for name, (center, spread) in self.fixed.items():
+            if not (math.isfinite(center) and 0 < spread < math.inf):
+                raise ValueError(f"select.fixed.{name}: spread must be > 0, got {spread}")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` found. Arrays are [groups, columns]; numbers keep the scores' dtype."""
+
+    names: tuple[str, ...]
+    scores: Scores
+    """As given, not copied."""
+    composite: Block
+    """R, the weighted sum of scaled scores; NaN for absent images and in dropped groups."""
+    gain: Block
+    """R minus the baseline's R."""
+    advantage: Block
+    """Signed, of all images before selection; NaN for the baseline unless it is counted."""
+    wins: Bool[np.ndarray, "rewards groups columns"]
+    """Score > the baseline's, for each reward; False for the baseline itself."""
+    passes: Bool[np.ndarray, " groups"]
+    """The filter's verdict on the group."""
+    rank: Int[np.ndarray, "groups columns"]
+    """1 = highest by `rank_by` among the eligible; among equals the earlier (group, column) is
+    higher; -1 where not eligible."""
+    status: UInt8[np.ndarray, "groups columns"]
+    """A `Status` per cell."""
+    funnel: dict[str, int]
+    """"candidates", which is the sum over the `Status` names in lower case; "eligible"; "groups",
+    which is the sum over the other "groups_..."."""
+    keeps: dict[str, int]
+    """Groups kept by each reward of the filter alone, by the filter without one of its rewards, and
+    by the filter; keys are names joined by "+"."""
+    scales: dict[str, tuple[float, float]]
+    """Reward -> (center, spread), to be stored with the run; empty for scales group and rank."""
+
+    @property
+    def eligible(self) -> Mask:
+        """Passed the filter: what the strategy chose from."""
+        return self.status >= Status.CUT_BY_CAP.value
+
+    @property
+    def selected(self) -> Mask:
+        """The training set."""
+        return self.status == Status.SELECTED.value
+
+
+def select(
+    config: SelectConfig, names: Sequence[str], scores: Scores, present: Mask | None = None
+) -> Selection:
+    """Filter the pool, rank what is left and take the training set from it.
+
+    Args:
+        config: the recipe's [select] section.
+        names: of the rewards, one per `scores[i]`; one that is in neither filter nor weights is
+            only carried along for `explain`.
+        scores: higher is better, any unit, float32 or float64. A NaN or infinite score of a present
+            image drops its whole group, as a missing baseline does; both are counted.
+        present: which images exist; None = all of them.
+
+    Raises:
+        NothingSelected: no candidate passes the filter.
+        ValueError: a name in the config is no reward; a used reward is constant over the pool; `k`
+            holds no whole group; shapes disagree.
+
+    Source: sections 3.2-3.3. The paper is silent on the scale, the deviation (population), whether
+        Eq. 4 keeps groups or images (groups), images per prompt (one) and NaN (group dropped).
+    """
+    names, present = tuple(names), _check_pool(names, scores, present)
+    variants = scores.shape[2] - 1
+    if config.mode == "group" and config.k < variants:
+        raise ValueError(f"select.k must hold one whole group of {variants} images, got {config.k}")
+    rows = _filter_rows(config, names)
+    weights = {r: w for r, w in _by_row(config, names, "weights", config.weights).items() if w}
+
+    status = _screen(scores, present)
+    usable = status >= Status.BASELINE.value
+    if not usable.any():
+        raise NothingSelected(
+            "select: no group has a baseline and finite scores for all its images"
+        )
+    for row in {*rows, *weights}:
+        _require_variance(names[row], scores[row], usable)
+    scales = _statistics(config, names, scores, usable, weights)
+    maps = {row: _map(config, scores[row], usable, scales.get(names[row])) for row in weights}
+
+    found = Selection(
+        names=names,
+        scores=scores,
+        composite=np.empty_like(scores[0]),
+        gain=np.empty_like(scores[0]),
+        advantage=np.empty_like(scores[0]),
+        wins=np.empty(scores.shape, bool),
+        passes=np.empty(len(status), bool),
+        rank=np.full(status.shape, -1, np.int32),
+        status=status,
+        funnel={},
+        keeps={_joined(names, part): 0 for part in _sub_filters(rows)},
+        scales=scales,
+    )
+    for part in _blocks(len(status), 8192):
+        _judge(config, found, part, rows, [(weights[row], row, maps[row]) for row in weights])
+    if not found.eligible.any():
+        raise NothingSelected(_nothing(config, found))
+    _rank(config, found)
+    _take(config, found)
+    if config.placebo:
+        rng = np.random.default_rng([config.seed, 1])
+        found.advantage[found.selected] = rng.permutation(found.advantage[found.selected])
+    found.funnel.update(_funnel(found))
+    return found
+
+
+def filter_keys(rule: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Role letters or reward names in a `select.filter`; none for "none".
+
+    Raises:
+        ValueError: it is neither I_ and letters, nor "none", nor a list.
+    """
+    if not isinstance(rule, str) or rule == "none":
+        return () if isinstance(rule, str) else rule
+    if rule.startswith("I_") and len(rule) > 2:
+        return tuple(rule[2:])
+    raise ValueError(
+        f"select.filter must be I_ and role letters, 'none' or a list of rewards, got {rule!r}"
+        f"{_closest(rule, [*FILTERS, 'none'])}"
+    )
+
+
+def wins(scores: Scores, usable: Mask) -> Bool[np.ndarray, "rewards groups columns"]:
+    """Where a usable image scores higher (>) than its group's baseline (Eq. 4)."""
+    return (scores > scores[..., :1]) & usable
+
+
+def joint(won: Sequence[Mask], usable: Mask) -> Mask:
+    """Refined images that win on each of these rewards (Eq. 4's product); all of them for none."""
+    every = usable.copy(order="K")
+    for win in won:
+        every &= win
+    every[:, 0] = False
+    return every
+
+
+def advantages(composite: Block, counted: Mask, epsilon: float) -> Block:
+    """(R - mean) / (std + epsilon) within each group, over the counted images.
+
+    Returns:
+        NaN where not counted. In a group of n: sum 0, |advantage| < sqrt(n - 1), 0 if all equal.
+
+    Source: Algorithm 1, step 3; std is the population's.
+    """
+    count = np.maximum(counted.sum(axis=-1, keepdims=True), 1)
+    mean = np.where(counted, composite, 0.0).sum(axis=-1, keepdims=True) / count
+    away = np.where(counted, composite - mean, 0.0)
+    std = np.sqrt(np.square(away).sum(axis=-1, keepdims=True) / count)
+    return np.where(counted, away / (std + epsilon), np.nan)
+
+
+def _judge(
+    config: SelectConfig,
+    found: Selection,
+    part: slice,
+    rows: Sequence[int],
+    terms: Sequence[tuple[float, int, Map]],
+) -> None:
+    """Fill in a block of groups, all but the rank; the eligible are CUT_BY_K until `_take`."""
+    status = _by_column(found.status[part])
+    usable = status >= Status.BASELINE.value
+    x = np.where(usable, _by_column(found.scores[:, part].astype(np.float64)), np.nan)
+
+    weighted = (weight * to_scale(x[row], usable) for weight, row, to_scale in terms)
+    composite: Block = np.where(usable, sum(weighted, start=np.zeros_like(x[0])), np.nan)
+    counted = usable.copy(order="K")
+    counted[:, 0] &= config.advantage_over == "all"
+    found.composite[part] = composite
+    found.gain[part] = composite - composite[:, :1]
+    found.advantage[part] = advantages(composite, counted, config.epsilon)
+
+    won = wins(x, usable)
+    winner = joint([won[row] for row in rows], usable)
+    passes = np.any(winner, axis=-1)
+    kept = (status == Status.REMOVED_BY_FILTER.value) & passes[:, None]
+    status[kept] = Status.CUT_BY_K
+    if config.image_level:
+        status[kept & ~winner] = Status.NOT_A_WINNER
+    found.wins[:, part], found.passes[part], found.status[part] = won, passes, status
+    for name, rewards in zip(found.keeps, _sub_filters(rows), strict=True):
+        best = joint([won[row] for row in rewards], usable).any(axis=-1)
+        found.keeps[name] += int(best.sum())
+
+
+def _rank(config: SelectConfig, found: Selection) -> None:
+    values = {"composite": found.composite, "gain": found.gain, "advantage": found.advantage}
+    eligible = found.eligible
+    order = np.argsort(-values[config.rank_by][eligible], kind="stable")
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(1, len(order) + 1, dtype=np.int32)
+    found.rank[eligible] = rank
+
+
+def _take(config: SelectConfig, found: Selection) -> None:
+    """Give the eligible their final status: cap first, then the strategy's k.
+
+    Whatever the strategy, lower turns are taken first: a turn is a rank, a negative rank or a
+    lottery number. Turns are distinct, so the partitions below meet no ties.
+    """
+    eligible, last = found.eligible, np.int32(np.iinfo(np.int32).max)
+    if config.mode == "group":
+        best = np.where(eligible, found.rank, last).min(axis=1)
+        groups = np.flatnonzero(best < last)
+        count = config.k // (eligible.shape[1] - 1)
+        taken = groups[_first(config, _turns(config, best[groups]), count)]
+        found.status[taken] = np.where(eligible[taken], Status.SELECTED, found.status[taken])
+        return
+    turn = np.full(eligible.shape, last)
+    turn[eligible] = _turns(config, found.rank[eligible])
+    if 0 < config.per_prompt_cap < eligible.shape[1]:
+        limit = np.partition(turn, config.per_prompt_cap - 1, axis=1)[:, config.per_prompt_cap - 1]
+        within = turn <= limit[:, None]
+        found.status[eligible & ~within] = Status.CUT_BY_CAP
+        eligible &= within
+    cells = np.flatnonzero(eligible)
+    taken = cells[_first(config, turn.ravel()[cells], config.k)]
+    found.status.ravel()[taken] = Status.SELECTED
+
+
+def _turns(config: SelectConfig, rank: np.ndarray) -> np.ndarray:
+    if config.strategy == "random":
+        return np.random.default_rng([config.seed, 0]).permutation(len(rank)).astype(np.int32)
+    return -rank if config.strategy == "low" else rank
+
+
+def _first(config: SelectConfig, turn: np.ndarray, count: int) -> np.ndarray:
+    if config.strategy == "all" or count >= len(turn):
+        return np.arange(len(turn))
+    return np.argpartition(turn, count - 1)[:count]
+
+
+def _funnel(found: Selection) -> dict[str, int]:
+    cells = np.bincount(found.status.ravel(), minlength=len(Status))
+    groups = np.bincount(found.status.max(axis=1), minlength=len(Status))
+    return {
+        "groups": int(groups.sum()),
+        "groups_dropped_no_baseline": int(groups[: Status.DROPPED_NAN].sum()),
+        "groups_dropped_nan": int(groups[Status.DROPPED_NAN]),
+        "groups_removed_by_filter": int(groups[Status.BASELINE : Status.NOT_A_WINNER].sum()),
+        "groups_kept": int(groups[Status.NOT_A_WINNER :].sum()),
+        "candidates": int(cells[Status.ABSENT + 1 :].sum()),
+        **{status.name.lower(): int(cells[status]) for status in list(Status)[1:]},
+        "eligible": int(cells[Status.CUT_BY_CAP :].sum()),
+    }
+
+
+def _statistics(
+    config: SelectConfig,
+    names: Sequence[str],
+    scores: Scores,
+    usable: Mask,
+    weights: Mapping[int, float],
+) -> dict[str, tuple[float, float]]:
+    """Center and spread of each weighted reward; nothing for the scales that have none."""
+    if config.scale in ("group", "rank"):
+        return {}
+    if config.scale != "fixed":
+        return {names[r]: _spread(config.scale, names[r], scores[r], usable) for r in weights}
+    fixed = _by_row(config, names, "fixed", config.fixed)
+    for row in weights:
+        if row not in fixed:
+            raise ValueError(f"select.fixed must give (center, spread) of {names[row]!r}, got none")
+    return {names[row]: fixed[row] for row in weights}
+
+
+def _spread(scale: str, name: str, scores: Block, usable: Mask) -> tuple[float, float]:
+    """Center and spread over the usable images, baselines included."""
+    if scale == "mad":
+        values = scores[usable]
+        center = np.median(values)
+        spread = 1.4826 * np.median(np.abs(values - center))
+    elif scale == "minmax":
+        center, high = _range(scores, usable)
+        spread = high - center
+    else:  # two passes: E[x^2] - E[x]^2 cancels for scores far from 0
+        count = int(usable.sum())
+        center = sum(float(chunk.sum()) for chunk in _chunks(scores, usable)) / count
+        squares = (float(np.square(chunk - center).sum()) for chunk in _chunks(scores, usable))
+        spread = math.sqrt(sum(squares) / count)
+    if not spread > 0:
+        raise ValueError(
+            f"select.scale {scale!r}: most scores of reward {name!r} are equal, so that their "
+            f"spread is 0; use 'zscore' or 'rank'"
+        )
+    return float(center), float(spread)
+
+
+def _map(
+    config: SelectConfig, scores: Block, usable: Mask, scale: tuple[float, float] | None
+) -> Map:
+    """The function that brings one reward's scores to the common scale."""
+    if scale is not None:
+        center, spread = scale
+        return lambda x, _: (x - center) / spread
+    if config.scale == "group":
+        return lambda x, here: advantages(x, here, config.epsilon)
+    pool = np.sort(scores[usable])
+
+    def mid_rank(x: Block, _: Mask) -> Block:
+        x = x.astype(pool.dtype)  # exact, it is where x came from
+        return (np.searchsorted(pool, x) + np.searchsorted(pool, x, "right")) / (2 * len(pool))
+
+    return mid_rank
+
+
+def _require_variance(name: str, scores: Block, usable: Mask) -> None:
+    low, high = _range(scores, usable)
+    if low == high:
+        raise ValueError(
+            f"reward {name!r} has zero variance over the pool (every score is {low:g}), so it "
+            f"cannot choose: check it, or take it out of select.filter and select.weights"
+        )
+
+
+def _range(scores: Block, usable: Mask) -> tuple[float, float]:
+    ends = [(float(chunk.min()), float(chunk.max())) for chunk in _chunks(scores, usable)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def _screen(scores: Scores, present: Mask) -> UInt8[np.ndarray, "groups columns"]:
+    """First status: refined images of sound groups are REMOVED_BY_FILTER until `_judge`."""
+    status = np.empty(present.shape, np.uint8)
+    for part in _blocks(len(present), 8192):
+        here = _by_column(present[part])
+        unknown = ~np.isfinite(_by_column(scores[:, part])).all(axis=0)
+        block = np.full_like(here, Status.REMOVED_BY_FILTER, np.uint8)
+        block[:, 0] = Status.BASELINE
+        block[(here & unknown).any(axis=-1)] = Status.DROPPED_NAN
+        block[~here[:, 0]] = Status.DROPPED_NO_BASELINE
+        block[~here] = Status.ABSENT
+        status[part] = block
+    return status
+
+
+def _check_pool(names: Sequence[str], scores: np.ndarray, present: np.ndarray | None) -> Mask:
+    if scores.ndim != 3 or scores.shape[2] < 2 or scores.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f"scores must be float32 or float64 [rewards, groups, 1 + N], N >= 1, "
+            f"got {scores.dtype} {scores.shape}"
+        )
+    if len(set(names)) != len(names) or len(names) != len(scores):
+        raise ValueError(f"names must be {len(scores)} different rewards, got {list(names)}")
+    if present is not None and present.shape != scores.shape[1:]:
+        raise ValueError(f"present must be {scores.shape[1:]} like the scores, got {present.shape}")
+    return np.broadcast_to(np.True_, scores.shape[1:]) if present is None else present
+
+
+def _filter_rows(config: SelectConfig, names: Sequence[str]) -> list[int]:
+    return list(_by_row(config, names, "filter", dict.fromkeys(filter_keys(config.filter), True)))
+
+
+def _by_row(
+    config: SelectConfig, names: Sequence[str], key: str, values: Mapping[str, Value]
+) -> dict[int, Value]:
+    """The values of `select.<key>` by the position of the reward that a letter or name means."""
+    rows: dict[int, Value] = {}
+    for given, value in values.items():
+        name = config.roles.get(given, given)
+        if name not in names:
+            role = "" if name == given else f" (role {given!r})"
+            raise ValueError(
+                f"select.{key}: no reward {name!r}{role}, there are {', '.join(names)}"
+                f"{_closest(name, names)}"
+            )
+        if names.index(name) in rows:
+            raise ValueError(f"select.{key} names reward {name!r} twice, got {', '.join(values)}")
+        rows[names.index(name)] = value
+    return rows
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _sub_filters(rows: Sequence[int]) -> list[tuple[int, ...]]:
+    """Each reward alone, all but one, all; without repetition."""
+    but_one = [tuple(r for r in rows if r != row) for row in rows if len(rows) > 1]
+    return list(dict.fromkeys([*((row,) for row in rows), *but_one, tuple(rows)]))
+
+
+def _joined(names: Sequence[str], rows: Sequence[int]) -> str:
+    return "+".join(names[row] for row in rows) or "none"
+
+
+def _blocks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _chunks(scores: Block, usable: Mask) -> Iterator[Float[np.ndarray, " n"]]:
+    """The usable scores of one reward, in float64, some at a time."""
+    for part in _blocks(len(scores), 65536):
+        chunk = scores[part][usable[part]].astype(np.float64)
+        if chunk.size:
+            yield chunk
+
+
+def _by_column(block: np.ndarray) -> np.ndarray:
+    """A copy with the same axes whose columns are contiguous: inner loops then run over groups."""
+    return np.swapaxes(np.swapaxes(block, -1, -2).copy(), -1, -2)
+
+
+def _nothing(config: SelectConfig, found: Selection) -> str:
+    """Why no candidate passed the filter, and what would."""
+    keeps = ", ".join(f"{name} {count}" for name, count in found.keeps.items())
+    name, count = max(
+        found.keeps.items(), key=lambda item: (item[1] > 0, item[0].count("+"), item[1])
+    )
+    advice = f"relax it to {name.split('+')} ({count} groups)" if count else "check the rewards"
+    return (
+        f"select.filter {config.filter!r} keeps none of {(found.status == Status.BASELINE).sum()} "
+        f"groups (its parts would keep: {keeps}); {advice}, or make more variants per prompt"
+    )
+
+
+def explain(
+    selection: Selection, config: SelectConfig, group: int, column: int | None = None
+) -> str:
+    """Why a candidate, or each one of a group, was or was not selected: some lines of text.
+
+    Args:
+        selection: what `select` returned for `config`.
+        config: the same.
+        group: position of the prompt in the pool.
+        column: of the candidate, 0 = the baseline; None = the whole group.
+
+    Raises:
+        ValueError: the pool has no such cell.
+    """
+    groups, columns = selection.status.shape
+    if not (0 <= group < groups and 0 <= (column or 0) < columns):
+        raise ValueError(f"no candidate ({group}, {column}) in a pool of {groups} x {columns}")
+    asked = range(columns) if column is None else [column]
+    numbers = (selection.composite, selection.gain, selection.advantage)
+    width = max(13, *(len(name) + 2 for name in selection.names))
+    heads = [*selection.names, "composite", "gain", "advantage"]
+    lines = [
+        f"group {group}: {_verdict(selection, config, group)}",
+        "   j" + "".join(f"{head:>{width}}" for head in heads) + "   (> beats the baseline)",
+    ]
+    for j in sorted({0, *asked}):
+        pairs = zip(selection.wins[:, group, j], selection.scores[:, group, j], strict=True)
+        cells = [f"{'> ' if win else ''}{score:.5g}" for win, score in pairs]
+        cells += [f"{values[group, j]:+.4f}".replace("+nan", "-") for values in numbers]
+        lines.append(f"{j:4d}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join([*lines, *(f"{j:4d} {reason(selection, config, group, j)}" for j in asked)])
+
+
+def _verdict(selection: Selection, config: SelectConfig, group: int) -> str:
+    """The filter on one group, in words."""
+    usable = selection.status[group : group + 1] >= Status.BASELINE.value
+    if not usable.any():
+        return "dropped before the filter"
+    won = selection.wins[:, group : group + 1]
+    counts = ", ".join(
+        f"{_joined(selection.names, part)} {joint([won[row] for row in part], usable).sum()}"
+        for part in _sub_filters(_filter_rows(config, selection.names))
+    )
+    verdict = "kept" if selection.passes[group] else "removed"
+    return f"{verdict} by filter {config.filter}; winners of {usable[:, 1:].sum()}: {counts}"
+
+
+def reason(selection: Selection, config: SelectConfig, group: int, column: int) -> str:
+    """The one reason why this candidate was or was not selected."""
+    rank, counts = selection.rank[group, column], selection.funnel
+    place = f"rank {rank} of {counts['eligible']} by {config.rank_by}"
+    drawn = f"{config.strategy} {counts['selected']}, select.mode {config.mode}"
+    if config.mode == "image":
+        drawn += f", select.per_prompt_cap {config.per_prompt_cap}"
+    return {
+        Status.ABSENT: "not there: its group has fewer images",
+        Status.DROPPED_NO_BASELINE: "not selected: its group has no baseline",
+        Status.DROPPED_NAN: "not selected: a score in its group is NaN or infinite",
+        Status.BASELINE: "never selected: it is the baseline, the plain prompt's image",
+        Status.REMOVED_BY_FILTER: f"not selected: filter {config.filter} removed its group",
+        Status.NOT_A_WINNER: "not selected: does not win itself, as select.image_level asks",
+        Status.CUT_BY_CAP: f"not selected: {place}, behind others of its prompt ({drawn})",
+        Status.CUT_BY_K: f"not selected: {place}, not among the {drawn}",
+        Status.SELECTED: f"selected: {place}, among the {drawn}",
+    }[Status(selection.status[group, column])]
