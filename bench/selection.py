@@ -3,9 +3,9 @@
     python bench/selection.py [--rows 50000 5000000] [--repeat 3] [--out selection.json]
 
 Rows are images, five to a group (N = 4), with three float32 rewards. Each line comes from a fresh
-process: the best wall and CPU time of some repeats, the peak memory of the process (VmHWM, interpreter and input
-included) and how far that is above what it held before `select`. Goals: 50,000 rows in 0.05 s,
-5,000,000 in 2 s and 300 MB. Runs on Linux, with one thread.
+process: best wall and CPU time of some repeats, the peak memory of the process (VmHWM, interpreter
+and input included) and how far that is above what it held before `select`. Goals, in wall time on
+an idle machine: 50,000 rows in 0.05 s, 5,000,000 in 2 s and 300 MB. Linux, one thread.
 """
 
 import argparse
