@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from craftune.config import LoraConfig
 from craftune.diffusion import Schedule
 from craftune.errors import UserError
+from craftune.seeds import stream_seed
 from craftune.types import Cond, Denoiser
 
 
-def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...]) -> None:
+def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> None:
     """Freeze the network and put trainable adapters beside its `targets`, in place.
+
+    Args:
+        seed: of the adapters' start: one factor is drawn, the other is 0.
 
     Raises:
         UserError: no module has one of these names.
@@ -29,7 +33,9 @@ def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...]) -
     )
     network.requires_grad_(False)
     try:
-        network.add_adapter(lora)  # type: ignore[operator]
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global CPU generator
+            torch.manual_seed(stream_seed("lora", seed))
+            network.add_adapter(lora)  # type: ignore[operator]
     except ValueError as error:
         raise UserError(f"train.lora.targets: {str(error).splitlines()[0]}") from None
 

@@ -19,7 +19,7 @@ from craftune.config import TrainConfig
 from craftune.progress import track
 from craftune.records import write_text
 from craftune.seeds import stream
-from craftune.training_state import latest, prune, save
+from craftune.training_state import Trainable, latest, prune, save
 from craftune.types import Denoiser, Method
 
 
@@ -53,9 +53,9 @@ def train(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     average = copy.deepcopy(network) if config.ema_decay > 0 else None
-    stateful = {"network": network, "optimizer": optimizer}
+    stateful = {"network": Trainable(network), "optimizer": optimizer}
     if average is not None:
-        stateful["average"] = average
+        stateful["average"] = Trainable(average)
     first = latest(out, stateful)
     with _metrics_log(out, first) as log:
         for step in track(range(first, config.steps), "train", config.steps - first, "step"):
@@ -104,7 +104,13 @@ def _gradients(
     for start in range(0, size, part):
         rows = slice(start, min(start + part, size))
         share = (rows.stop - rows.start) / size
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        # Without its cache: weights cast under no_grad would be reused where a gradient is wanted.
+        with torch.autocast(
+            device.type,
+            torch.bfloat16,
+            enabled=config.precision == "bfloat16",
+            cache_enabled=False,
+        ):
             loss, metrics = method.loss(policy, reference, batch.rows(rows), draws.rows(rows))
         torch.autograd.backward(loss * share)
         for name, value in metrics.items():
@@ -131,7 +137,9 @@ def _update_average(average: nn.Module, network: nn.Module, decay: float) -> Non
 
 
 @contextlib.contextmanager
-def _metrics_log(out: Path, first: int) -> Iterator[Callable[[dict[str, float], float], None]]:
+def _metrics_log(
+    out: Path, first: int
+) -> Iterator[Callable[[dict[str, float | int], float], None]]:
     """metrics.jsonl and TensorBoard; rows after the checkpoint that training goes on from go.
 
     The seconds go to TensorBoard alone: metrics.jsonl is the same bytes whenever the training is.
@@ -147,7 +155,7 @@ def _metrics_log(out: Path, first: int) -> Iterator[Callable[[dict[str, float], 
         SummaryWriter(str(out / "tensorboard"), purge_step=first + 1) as board,
     ):
 
-        def log(row: dict[str, float], seconds: float) -> None:
+        def log(row: dict[str, float | int], seconds: float) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
             for name, value in {**row, "seconds": seconds}.items():

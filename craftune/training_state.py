@@ -8,13 +8,32 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from craftune.errors import UserError
 from craftune.records import read_json, sha256, write_json
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What training changes in a network: adapters alone under LoRA, else everything."""
+
+    network: nn.Module
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The network's, without frozen weights: they come from the checkpoint it started from."""
+        frozen = {name for name, p in self.network.named_parameters() if not p.requires_grad}
+        return {k: v for k, v in self.network.state_dict().items() if k not in frozen}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put the weights back; every one must be there."""
+        assert state.keys() == self.state_dict().keys(), "the checkpoint is of another network"
+        self.network.load_state_dict(state, strict=False)
 
 
 def save(folder: Path, step: int, stateful: Mapping[str, Any]) -> None:

@@ -222,4 +222,7 @@ def _save_lora(folder: Path, network: nn.Module) -> None:
     from peft import get_peft_model_state_dict
 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    settings = network.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=settings
+    )

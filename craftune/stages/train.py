@@ -42,11 +42,12 @@ class ExampleFeed:
         }
         index = torch.stack([orders[place // count][place % count] for place in places])
         dropped = torch.rand(len(index), generator=stream("dropout", self.seed, step))
-        # The empty prompt is the last row of the encoded prompts.
-        rows = torch.where(dropped < self.prompt_dropout, count, index)
         device = self.examples.weight.device
-        cond = Cond.cat([self.examples.cond, self.empty]).rows(rows.to(device))
         chosen = self.examples.rows(index.to(device))
+        # The empty prompt is the last row, after those of the batch.
+        size = self.batch_size
+        rows = torch.where(dropped < self.prompt_dropout, size, torch.arange(size))
+        cond = Cond.cat([chosen.cond, self.empty]).rows(rows.to(device))
         return dataclasses.replace(chosen, cond=cond)
 
 
@@ -75,7 +76,7 @@ def train(
     device = next(network.parameters()).device
     examples = load_examples(method, model, selection, pool, device)
     if config.lora.rank:
-        add_lora(network, config.lora, model.lora_targets)
+        add_lora(network, config.lora, model.lora_targets, seed)
     else:
         network.requires_grad_(True)
     if config.gradient_checkpointing:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import ToyDenoiser, cosine_schedule, flat_grad, toy, toy_cond, toy_examples
 from torch import Tensor, nn
+from toy import ToyDenoiser, cosine_schedule, flat_grad, toy, toy_cond, toy_examples
 
 from craftune.methods import CRAFT, SFT, build
 from craftune.methods.craft import anchored_loss

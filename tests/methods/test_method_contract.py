@@ -138,5 +138,5 @@ def test_a_weight_of_zero_teaches_nothing(method: Any) -> None:
 
 
 def test_the_check_passes_on_what_a_start_gives(method: Any) -> None:
-    policy, reference, batch, draws = setting(method)
+    _, reference, batch, draws = setting(method)
     method.check(method.loss(reference, reference, batch, draws)[1])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from toy import ToyDenoiser, cosine_schedule, flat_grad, toy, toy_examples
 from torch import Tensor, nn
+from toy import ToyDenoiser, cosine_schedule, flat_grad, toy, toy_examples
 
 from craftune.methods import CRAFT, SFT
 from craftune.methods.denoising import squared_error
