@@ -1,8 +1,13 @@
 """The command line: one sub-command per stage, `run` for all of them, and a few that look."""
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 STAGE_HELP = {
     "prompts": "read, de-duplicate and draw the prompts; set the evaluation prompts apart",
@@ -14,60 +19,106 @@ STAGE_HELP = {
     "evaluate": "draw and score held-out prompts with base and tuned",
     "report": "write report.html and report.json",
 }
+TABLES = ("rewards", "methods", "families", "filters", "refiners", "settings")
+EXAMPLES = """examples:
+  craftune run recipes/demo.toml                        everything; again: only what is missing
+  craftune run recipes/demo.toml --set train.steps=300 --set run.name=longer
+  craftune select recipes/demo.toml --redo              one stage, anew
+  craftune explain runs/demo --prompt "a red circle"    why its images were chosen or not
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns 0, or 2 for an input that cannot work (one line on stderr)."""
-    options = _parser().parse_args(arguments)
+    """Run a command.
+
+    Returns:
+        0; 2 for an input that cannot work (one line on standard error); 130 or 143 when stopped
+        by a signal.
+    """
+    parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
+    with _stoppable() as received:
+        try:
+            return _run(options)
+        except KeyboardInterrupt:
+            again = "the same command without --redo" if options.redo else "the same command again"
+            print(f"craftune: stopped; finished work is kept, run {again}", file=sys.stderr)
+            return 128 + (received or [signal.SIGINT])[0]
+        except BrokenPipeError:  # of `craftune list rewards | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+def _run(options: argparse.Namespace) -> int:
     from craftune import commands
     from craftune.errors import UserError
 
     try:
-        return getattr(commands, options.function)(options)
+        return commands.COMMANDS[options.command](options)
     except (UserError, FloatingPointError) as error:
-        print(f"craftune: {error}", file=sys.stderr)
+        message = str(error)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"craftune: {where}{error.strerror or error}; finished work is kept, mend this and run "
-            "the same command again",
-            file=sys.stderr,
+        message = (
+            f"{where}{error.strerror or error}; finished work is kept, mend this and run the same "
+            "command again"
         )
-    except KeyboardInterrupt:
-        print("craftune: stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+    print("craftune: " + " ".join(message.split("\n")), file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """SIGTERM, as batch systems send it, stops as Ctrl-C does; yields the signals received."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="craftune", description="Align a text-to-image diffusion model with reward models."
+        prog="craftune",
+        description="Align a text-to-image diffusion model with reward models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.set_defaults(redo=None, stage=None)
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     whole = commands.add_parser("run", help="all stages: prompts to report")
     _add_recipe(whole)
-    whole.add_argument("--redo", choices=STAGE_HELP, help="make this stage and later ones anew")
-    whole.set_defaults(function="run", stage=None)
+    whole.add_argument(
+        "--redo", choices=STAGE_HELP, metavar="STAGE", help="make this stage and later ones anew"
+    )
     for name, text in STAGE_HELP.items():
         stage = commands.add_parser(name, help=text)
         _add_recipe(stage)
         stage.add_argument(
             "--redo", action="store_const", const=name, help="make it and later ones anew"
         )
-        stage.set_defaults(function="run", stage=name)
+        stage.set_defaults(command="run", stage=name)
     check = commands.add_parser("check", help="say what is wrong with a recipe, load nothing")
     _add_recipe(check)
-    check.set_defaults(function="check")
     explain = commands.add_parser("explain", help="why a candidate was or was not chosen")
-    explain.add_argument("run", type=Path, help="a run folder")
+    explain.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
     which = explain.add_mutually_exclusive_group()
     which.add_argument("--candidate", help="its id, <prompt id>-<variant>-<sample>")
     which.add_argument("--prompt", help="a prompt's id or text")
-    explain.set_defaults(function="explain")
-    names = commands.add_parser("list", help="the names that recipes may use")
-    tables = ("rewards", "methods", "families", "filters", "refiners")
-    names.add_argument("table", choices=tables)
-    names.set_defaults(function="list_names")
+    names = commands.add_parser("list", help="the names and settings that recipes may use")
+    names.add_argument("table", choices=TABLES, metavar="table", help=", ".join(TABLES))
     return parser
 
 
@@ -78,7 +129,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="section.key=value",
-        help="override one setting; may be repeated",
+        help="override one setting; may be repeated (craftune list settings)",
     )
 
 

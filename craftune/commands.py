@@ -2,97 +2,153 @@
 
 import argparse
 import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from craftune import pipeline
-from craftune.config import load_recipe
+from craftune.config import Recipe
 from craftune.errors import UserError, unknown_name
 from craftune.methods import METHODS
 from craftune.models import FAMILIES
+from craftune.recipes import load_recipe, settings
 from craftune.records import read_json
 from craftune.refiners import FROM_FILE, REFINERS
 from craftune.rewards import REWARDS
 from craftune.runs import stage_folder
-from craftune.selection import FILTERS, SelectConfig, select
+from craftune.selection import FILTERS, NothingSelected, SelectConfig, select
 from craftune.selection import explain as explain_cell
-from craftune.stages.select import load_pool
+from craftune.stages.select import Pool, load_pool
 
 
 def run(options: argparse.Namespace) -> int:
     """All stages or one."""
-    recipe = load_recipe(options.recipe, options.set)
+    recipe = _checked(options)
     folder = pipeline.run(recipe, only=options.stage, again=options.redo)
-    if options.stage in (None, "report"):
-        model = stage_folder(folder, "train") / "model"
-        print(f"report: {stage_folder(folder, 'report') / 'report.html'}")
-        print(f"model:  {model}")
-        print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{model}")')
-    else:
+    if options.stage not in (None, "report"):
         print(stage_folder(folder, options.stage))
+        return 0
+    model = stage_folder(folder, "train") / "model"
+    print(f"report: {stage_folder(folder, 'report') / 'report.html'}")
+    print(f"model:  {model}")
+    print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{model}")')
     return 0
 
 
 def check(options: argparse.Namespace) -> int:
     """Validate a recipe and everything it names."""
-    recipe = load_recipe(options.recipe, options.set)
-    pipeline.check(recipe)
+    recipe = _checked(options)
     print(f"{options.recipe}: in order; `craftune run` would write {pipeline.run_folder(recipe)}")
     return 0
 
 
+def _checked(options: argparse.Namespace) -> Recipe:
+    recipe = load_recipe(options.recipe, options.set)
+    try:
+        pipeline.check(recipe)
+    except UserError as error:
+        raise UserError(f"{options.recipe}, {error}") from error
+    return recipe
+
+
 def list_names(options: argparse.Namespace) -> int:
     """One line per name of a table."""
-    tables: dict[str, dict[str, Any]] = {
+    if options.table == "settings":
+        rows = settings()
+        width = max(len(f"{key} = {default}") for key, default, _ in rows)
+        for key, default, text in rows:
+            print(f"{f'{key} = {default}':<{min(width, 44)}}  {text}")
+        return 0
+    filters = {
+        name: f"one image beats the plain prompt's on {' and '.join(roles)}"
+        for name, roles in FILTERS.items()
+    }
+    tables: dict[str, Mapping[str, Any]] = {
         "rewards": REWARDS,
         "methods": METHODS,
         "families": FAMILIES,
-        "refiners": REFINERS,
-        "filters": {name: " and ".join(roles) for name, roles in FILTERS.items()},
+        "refiners": {**REFINERS, FROM_FILE: "Rewrites that refine.source holds."},
+        "filters": {**filters, "none": "every candidate passes"},
     }
     table = tables[options.table]
     width = max(map(len, table))
     for name, entry in table.items():
         text = entry if isinstance(entry, str) else (inspect.getdoc(entry) or "").splitlines()[0]
         print(f"{name:<{width}}  {text}")
-    if options.table == "refiners":
-        print(f"{FROM_FILE:<{width}}  Rewrites from refine.source.")
     if options.table in ("rewards", "refiners"):
-        print("Out of tree: package.module:function")
+        print("\nYour own: package.module:function")
+    if options.table == "filters":
+        print("\nLetters are select.roles; a list of rewards is a filter, too.")
     return 0
 
 
 def explain(options: argparse.Namespace) -> int:
     """The verdicts of one prompt's candidates, of one candidate, or the funnel of the pool."""
-    recipe = options.run / "run.json"
-    if not recipe.is_file():
-        raise UserError(f"{options.run}: not a run folder (no run.json in it)")
-    config = TypeAdapter(SelectConfig).validate_python(read_json(recipe)["select"])
+    config = _selection_of(options.run)
     pool = load_pool(stage_folder(options.run, "generate"), stage_folder(options.run, "score"))
-    found = select(config, pool.names, pool.scores, pool.present)
+    try:
+        found = select(config, pool.names, pool.scores, pool.present)
+    except NothingSelected as error:
+        raise UserError(f"nothing was chosen: {error}") from None
     if not (options.candidate or options.prompt):
-        for name, count in found.funnel.items():
-            print(f"{count:>8}  {name}")
+        _print_funnel(options.run, found.funnel)
         return 0
-    ids, prompts = pool.table["prompt_id"].to_pylist(), pool.table["prompt"].to_pylist()
-    names = pool.table["id"].to_pylist()
+    group, asked = _asked(options, pool)
+    names, columns = pool.table["id"].to_pylist(), pool.column.tolist()
+    rows = [r for r in range(len(names)) if pool.row[r] == group and asked in (None, columns[r])]
+    first = pool.table.slice(rows[0], 1).to_pylist()[0]
+    print(f"prompt {first['prompt_id']}: {first['prompt']!r}")
+    width = max(len(names[r]) for r in rows)
+    for r in rows:
+        print(f"{columns[r]:4d} {names[r]:<{width}}  {pool.table['refined_prompt'][r].as_py()!r}")
+    print(explain_cell(found, config, group, asked).partition("\n")[2])
+    return 0
+
+
+def _selection_of(run: Path) -> SelectConfig:
+    """The [select] section that a run folder was made with."""
+    path = run / "run.json"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run folder (no run.json in it)")
+    for name in ("generate", "score"):
+        if not any(stage_folder(run, name).glob("part-*.parquet")):
+            raise UserError(f"{run}: nothing to explain yet, stage {name!r} has not run")
+    try:
+        return TypeAdapter(SelectConfig).validate_python(read_json(path)["select"])
+    except (ValidationError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; `craftune run` with the recipe writes it anew") from None
+
+
+def _print_funnel(run: Path, funnel: Mapping[str, int]) -> None:
+    for name, count in funnel.items():
+        if count:
+            print(f"{count:>10,}  {name.replace('_', ' ')}")
+    print(f"\nOne prompt: craftune explain {run} --prompt TEXT")
+
+
+def _asked(options: argparse.Namespace, pool: Pool) -> tuple[int, int | None]:
+    """Group, and column for a candidate, that the options name."""
     if options.candidate:
+        names = pool.table["id"].to_pylist()
         if options.candidate not in names:
             raise UserError(f"--candidate: {unknown_name('candidate', options.candidate, names)}")
         i = names.index(options.candidate)
-        asked = int(pool.column[i])
-    else:
-        rows = [i for i, p in enumerate(prompts) if options.prompt in (p, ids[i])]
-        if not rows:
-            known = dict.fromkeys(prompts)
-            raise UserError(f"--prompt: {unknown_name('prompt', options.prompt, known)}")
-        i, asked = rows[0], None
-    group = int(pool.row[i])
-    print(f"prompt {ids[i]}: {prompts[i]!r}")
-    for row in range(len(names)):
-        if pool.row[row] == group and asked in (None, int(pool.column[row])):
-            text = pool.table["refined_prompt"][row].as_py()
-            print(f"   j = {pool.column[row]}  {names[row]}  {text!r}")
-    print(explain_cell(found, config, group, asked))
-    return 0
+        return int(pool.row[i]), int(pool.column[i])
+    ids, prompts = pool.table["prompt_id"].to_pylist(), pool.table["prompt"].to_pylist()
+    asked = " ".join(options.prompt.split())
+    rows = [i for i, prompt in enumerate(prompts) if asked in (prompt, ids[i])]
+    if not rows:
+        known = dict.fromkeys(prompts)
+        raise UserError(f"--prompt: {unknown_name('prompt', asked, known)}")
+    return int(pool.row[rows[0]]), None
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": run,
+    "check": check,
+    "explain": explain,
+    "list": list_names,
+}
+"""Name on the command line -> what it does; the stages' own commands are `run` of one stage."""

@@ -103,7 +103,7 @@ def _pool(plan: _Plan) -> list[Stage]:
             reads=("prompts", "refine"),
             made_from={
                 **plan.made_from,
-                "generate": plan.without("generate", "shard_size", "batch_size"),
+                "generate": plan.without("generate", "batch_size"),
             },
             work=lambda out: generate(
                 recipe.generate,
@@ -160,7 +160,7 @@ def _tuning(plan: _Plan) -> list[Stage]:
             reads=("prompts", "train"),
             made_from={
                 **plan.made_from,
-                "generate": plan.without("generate", "shard_size", "batch_size"),
+                "generate": plan.without("generate", "batch_size"),
                 "score": plan.only("score", "rewards"),
                 "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
             },

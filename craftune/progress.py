@@ -9,9 +9,16 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
+BAR = (
+    "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt} of {total_fmt}{unit}, {rate_fmt}, "
+    "{remaining} left"
+)
+EVERY = 10.0
+"""Seconds between plain lines."""
+
 
 def track(
-    items: Iterable[Item], label: str, total: int, unit: str, step: int = 1
+    items: Iterable[Item], label: str, total: int, unit: str, step: int = 1, done: int = 0
 ) -> Iterator[Item]:
     """Pass the items on and show rate and time left, on standard error.
 
@@ -20,26 +27,35 @@ def track(
         total: how many units there are in all.
         unit: of the rate, e.g. "image".
         step: units that each item counts for (the last may count for less).
+        done: units that an earlier process finished.
     """
     if sys.stderr.isatty():
         with tqdm(
-            total=total, desc=f"  {label}", unit=unit, leave=False, dynamic_ncols=True
+            total=total,
+            desc=f"  {label}",
+            unit=f" {unit}s",
+            initial=done,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format=BAR,
         ) as bar:
             for item in items:
                 yield item
                 bar.update(min(step, total - bar.n))
         return
+    if 0 < done < total:
+        print(f"  {label}: {done} of {total} {unit}s are there already", file=sys.stderr)
     started = last = time.monotonic()
-    done = 0
+    here = done
     for item in items:
         yield item
-        done = min(total, done + step)
+        here = min(total, here + step)
         now = time.monotonic()
-        if now - last >= 10 and done < total:
-            rate = done / (now - started)
-            left = (total - done) / rate
+        if now - last >= EVERY and here < total:
+            rate = (here - done) / (now - started)
             print(
-                f"  {label}: {done}/{total} {unit}s, {rate:.3g}/s, {left:.0f} s left",
+                f"  {label}: {here} of {total} {unit}s, {rate:.3g}/s, "
+                f"{(total - here) / rate:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

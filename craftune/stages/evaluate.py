@@ -1,6 +1,7 @@
 """Stage `evaluate`: base and tuned draw the same held-out prompts with the same noise."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -10,7 +11,7 @@ from craftune.progress import track
 from craftune.records import Prompt, read_rows, read_table, write_table
 from craftune.seeds import stream_seed
 from craftune.stages.generate import Request, draw_images
-from craftune.stages.score import score_rows
+from craftune.stages.score import score_rows, scored_with
 from craftune.types import Model
 
 IMAGE = pa.schema(
@@ -62,31 +63,38 @@ def evaluate(
     """
     rows = _plan(arm, config, seed, read_rows(Prompt, prompts))
     size = drawing.shard_size
-    shards = [rows[i : i + size] for i in range(0, len(rows), size)]
     empty = model.encode_prompts([""])
     loaded = [rewards.load(name) for name in dict.fromkeys(names)]
-    for number, shard in track(enumerate(shards), f"evaluate {arm}", len(rows), "image", size):
-        images = out / f"images-{arm}-{number:05d}.parquet"
-        scores = out / f"scores-{arm}-{number:05d}.parquet"
+    starts = range(0, len(rows), size)
+    left = [start for start in starts if not scored_with(loaded, _files(out, arm, start, size)[1])]
+    finished = min(len(rows), (len(starts) - len(left)) * size)
+    for start in track(left, f"evaluate {arm}", len(rows), "image", size, finished):
+        shard = rows[start : start + size]
+        images, scores = _files(out, arm, start, size)
         if not images.is_file():
             requests = [Request(row["prompt"], row["seed"]) for row in shard]
             drawn = draw_images(drawing, model, model.denoiser, requests, empty)
             made = [row | {"image": d["image"]} for row, d in zip(shard, drawn, strict=True)]
             write_table(images, made, IMAGE)
-        if not scores.is_file():
-            table = read_table(images).to_pylist()
-            by_id = {row["id"]: row for row in table}
-            scored = [
-                {k: by_id[s["candidate"]][k] for k in ("model", "prompt_id", "sample")} | s
-                for s in score_rows(loaded, table, 64)
-            ]
-            write_table(scores, [{k: s[k] for k in SCORE.names} for s in scored], SCORE)
+        table = read_table(images).to_pylist()
+        by_id = {row["id"]: row for row in table}
+        scored = [
+            {k: by_id[s["candidate"]][k] for k in ("model", "prompt_id", "sample")} | s
+            for s in score_rows(loaded, table, 64)
+        ]
+        write_table(scores, [{k: s[k] for k in SCORE.names} for s in scored], SCORE)
     return len(rows)
+
+
+def _files(out: Path, arm: str, start: int, size: int) -> tuple[Path, Path]:
+    """Where the images and the scores of a shard go."""
+    number = f"{arm}-{start // size:05d}.parquet"
+    return out / f"images-{number}", out / f"scores-{number}"
 
 
 def _plan(
     arm: str, config: EvaluateConfig, seed: int, prompts: list[Prompt]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     return [
         {
             "id": f"{arm}-{prompt.id}-{k}",

@@ -39,16 +39,19 @@ def generate(
         out: receives part-00000.parquet, ... with the schema `records.CANDIDATE`.
     """
     rows = _plan(config, model, seed, read_rows(Prompt, prompts), read_rows(Refined, refined))
-    shards = [rows[i : i + config.shard_size] for i in range(0, len(rows), config.shard_size)]
+    size = config.shard_size
+    paths = {
+        start: out / f"part-{start // size:05d}.parquet" for start in range(0, len(rows), size)
+    }
+    left = [start for start, path in paths.items() if not path.is_file()]
+    finished = min(len(rows), (len(paths) - len(left)) * size)
     empty = model.encode_prompts([""])
-    numbered = track(enumerate(shards), "generate", len(rows), "image", config.shard_size)
-    for number, shard in numbered:
-        path = out / f"part-{number:05d}.parquet"
-        if path.is_file():
-            continue
+    for start in track(left, "generate", len(rows), "image", size, finished):
+        shard = rows[start : start + size]
         requests = [Request(row["refined_prompt"], row["seed"]) for row in shard]
         drawn = draw_images(config, model, model.denoiser, requests, empty)
-        write_table(path, [row | made for row, made in zip(shard, drawn, strict=True)], CANDIDATE)
+        made = [row | image for row, image in zip(shard, drawn, strict=True)]
+        write_table(paths[start], made, CANDIDATE)
     return {"prompts": len({r["prompt_id"] for r in rows}), "candidates": len(rows)}
 
 

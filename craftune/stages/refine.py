@@ -1,14 +1,14 @@
 """Stage `refine`: prompts.jsonl -> refined.jsonl, N rewrites of every prompt."""
 
-import json
 import random
 from pathlib import Path
 
 from craftune.config import RefineConfig
 from craftune.errors import UserError
 from craftune.models import resolve
-from craftune.records import Prompt, Refined, read_rows, write_rows
-from craftune.refiners import FROM_FILE, load
+from craftune.plugins import described
+from craftune.records import Prompt, Refined, json_lines, read_rows, write_rows
+from craftune.refiners import FROM_FILE, Refiner, load
 
 
 def refine(config: RefineConfig, seed: int, prompts: Path, out: Path) -> dict[str, int]:
@@ -22,58 +22,61 @@ def refine(config: RefineConfig, seed: int, prompts: Path, out: Path) -> dict[st
         UserError: the refiner fails on a prompt (names it), or gives too few or empty rewrites.
     """
     rows = read_rows(Prompt, prompts)
-    given = _from_file(config) if config.by == FROM_FILE else None
-    refined = []
+    refiner = _from_file(config) if config.by == FROM_FILE else load(config.by)
+    refined, same = [], 0
     for row in rows:
-        rewrites = _rewrites(config, seed, row, given)
-        for variant, text in enumerate(rewrites, 1):
-            refined.append(Refined(row.id, variant, text, config.by))
-    count = write_rows(out / "refined.jsonl", refined)
-    same = sum(r.refined == row.prompt for row, r in _joined(rows, refined))
-    return {"prompts": len(rows), "refined": count, "equal to the prompt": same}
+        texts = _rewrites(config, refiner, row, random.Random(f"refine/{seed}/{row.id}"))
+        refined += [Refined(row.id, j, text, config.by) for j, text in enumerate(texts, 1)]
+        same += texts.count(row.prompt)
+    write_rows(out / "refined.jsonl", refined)
+    return {"prompts": len(rows), "refined": len(refined), "equal to the prompt": same}
 
 
-def _rewrites(
-    config: RefineConfig, seed: int, row: Prompt, given: dict[str, list[str]] | None
-) -> list[str]:
-    if given is not None:
-        if row.prompt not in given:
-            raise UserError(f"{config.source}: no rewrites of the prompt {row.prompt!r}")
-        rewrites = given[row.prompt][: config.variants]
-    else:
-        try:
-            rng = random.Random(f"refine/{seed}/{row.id}")
-            rewrites = load(config.by)(row.prompt, config.variants, rng)
-        except UserError:
+def _rewrites(config: RefineConfig, refiner: Refiner, row: Prompt, rng: random.Random) -> list[str]:
+    """The rewrites of one prompt, checked."""
+    where = f"refine.by {config.by!r}"
+    try:
+        rewrites = refiner(row.prompt, config.variants, rng)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where} failed on {row.prompt!r}: {error}") from None
+    except Exception as error:
+        if ":" not in config.by:
             raise
-        except ValueError as error:
-            raise UserError(f"refine.by {config.by!r} failed on {row.prompt!r}: {error}") from None
+        raise UserError(f"{where} failed on {row.prompt!r}: {described(error)}") from error
+    if not isinstance(rewrites, list) or not all(isinstance(text, str) for text in rewrites):
+        raise UserError(
+            f"{where} gave {rewrites!r:.80} for {row.prompt!r}; it must give a list of str"
+        )
     rewrites = [" ".join(text.split()) for text in rewrites]
     if len(rewrites) != config.variants or not all(rewrites):
         raise UserError(
-            f"refine.by {config.by!r} gave {sum(map(bool, rewrites))} rewrites of {row.prompt!r}, "
-            f"but refine.variants = {config.variants}"
+            f"{where} gave {sum(map(bool, rewrites))} rewrites of {row.prompt!r}, but "
+            f"refine.variants = {config.variants}; lower it, or make the refiner give more"
         )
     return rewrites
 
 
-def _from_file(config: RefineConfig) -> dict[str, list[str]]:
-    """Prompt -> its rewrites, from JSON lines {"prompt": ..., "refined": [...]}."""
+def _from_file(config: RefineConfig) -> Refiner:
+    """The rewrites of JSON lines {"prompt": ..., "refined": [...]}."""
     path = resolve(config.source)
     if not config.source or not path.is_file():
         raise UserError(f"refine.source {config.source!r}: no such file (refine.by is 'file')")
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[" ".join(row["prompt"].split())] = list(row["refined"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    found: dict[str, list[str]] = {}
+    for number, value in json_lines(path):
+        row = value if isinstance(value, dict) else {}
+        prompt, texts = row.get("prompt"), row.get("refined")
+        if not isinstance(prompt, str) or not isinstance(texts, list):
             raise UserError(
                 f'{path}, line {number}: expected {{"prompt": "...", "refined": ["...", ...]}}'
-            ) from None
-    return found
+            )
+        found[" ".join(prompt.split())] = texts
 
+    def look_up(prompt: str, n: int, rng: random.Random) -> list[str]:
+        del rng
+        if prompt not in found:
+            raise UserError(f"{config.source}: no rewrites of the prompt {prompt!r}; add them")
+        return found[prompt][:n]
 
-def _joined(rows: list[Prompt], refined: list[Refined]) -> list[tuple[Prompt, Refined]]:
-    by_id = {row.id: row for row in rows}
-    return [(by_id[r.prompt_id], r) for r in refined]
+    return look_up

@@ -20,24 +20,35 @@ from craftune.types import Reward
 def score(config: ScoreConfig, pool: Path, out: Path) -> dict[str, int]:
     """Score every candidate with every reward (CRAFT, Eq. 3: always the original prompt).
 
-    Finished shards are kept: a killed run goes on with the first missing one.
+    Finished shards are kept: a killed run goes on with the first missing one. A shard that was
+    scored with another version of a reward counts as missing.
 
     Args:
         pool: folder of part-*.parquet with the schema `records.CANDIDATE`.
         out: receives part-*.parquet of the same names with the schema `records.SCORE`.
 
     Raises:
-        UserError: a reward gave the wrong number of scores or one that is not finite.
+        UserError: a reward failed, gave the wrong number of scores or one that is not finite.
     """
     loaded = [rewards.load(name) for name in config.rewards]
     shards = sorted(pool.glob("part-*.parquet"))
-    count = 0
-    for shard in track(shards, "score", len(shards), "shard"):
+    left = [shard for shard in shards if not scored_with(loaded, out / shard.name)]
+    finished = len(shards) - len(left)
+    for shard in track(left, "score", len(shards), "shard", done=finished):
         rows = read_table(shard, ["id", "prompt", "image"]).to_pylist()
-        count += len(rows)
-        if not (out / shard.name).is_file():
-            write_table(out / shard.name, score_rows(loaded, rows, config.batch_size), SCORE)
+        write_table(out / shard.name, score_rows(loaded, rows, config.batch_size), SCORE)
+    count = read_table(shards, ["id"]).num_rows
     return {"candidates": count, "scores": count * len(loaded)}
+
+
+def scored_with(loaded: Sequence[Reward], path: Path) -> bool:
+    """Whether this file of scores is there, and of these very rewards."""
+    if not path.is_file():
+        return False
+    found = read_table(path, ["reward", "identity"]).group_by(["reward", "identity"]).aggregate([])
+    return {(row["reward"], row["identity"]) for row in found.to_pylist()} == {
+        (reward.name, canonical(dict(reward.identity))) for reward in loaded
+    }
 
 
 def score_rows(
@@ -66,9 +77,15 @@ def checked_score(
     """A reward's scores, `[b]`.
 
     Raises:
-        UserError: not one finite number per image; names the reward and the candidate.
+        UserError: a prompt that the reward cannot judge, or not one finite number per image; names
+            the reward and the candidate.
     """
-    values = reward.score(images, prompts)
+    try:
+        values = reward.score(images, prompts)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"reward {reward.name!r} cannot score: {error}") from None
     if values.shape != (len(images),):
         raise UserError(
             f"reward {reward.name!r} returned shape {tuple(values.shape)} for {len(images)} "
@@ -78,7 +95,7 @@ def checked_score(
     if bad:
         raise UserError(
             f"reward {reward.name!r} returned {values[bad[0]].item()} for candidate "
-            f"{names[bad[0]]} (prompt {prompts[bad[0]]!r}); mend the reward and run again, "
-            "scores of finished shards are kept"
+            f"{names[bad[0]]} (prompt {prompts[bad[0]]!r}); mend the reward, or take it out of the "
+            "recipe, and run again"
         )
     return values.float()

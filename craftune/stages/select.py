@@ -51,7 +51,7 @@ def load_pool(pool: Path, scores: Path) -> Pool:
 
     rewards = scored["reward"].combine_chunks().dictionary_encode()
     names = tuple(rewards.dictionary.to_pylist())
-    where = pc.index_in(scored["candidate"], table["id"].combine_chunks())
+    where = pc.index_in(scored["candidate"], table["id"].combine_chunks())  # type: ignore[attr-defined]
     if where.null_count:
         raise UserError(f"{scores}: scores of candidates that the pool lacks; --redo score")
     where = where.to_numpy()
