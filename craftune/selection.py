@@ -14,7 +14,7 @@ and a group of equal images gets advantage 0, not rounding noise divided by epsi
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, TypeAlias, TypeVar
@@ -23,6 +23,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
+
+from craftune.scales import Block, Map, Mask, advantages, blocks, require_variance, spread, to_scale
 
 FILTERS: dict[str, tuple[str, ...]] = {
     "I_h": ("h",),
@@ -35,10 +37,7 @@ FILTERS: dict[str, tuple[str, ...]] = {
 }
 """Eq. 4: the rewards on which one and the same refined image must beat its group's baseline."""
 
-Block: TypeAlias = Float[np.ndarray, "groups columns"]
-Mask: TypeAlias = Bool[np.ndarray, "groups columns"]
 Scores: TypeAlias = Float[np.ndarray, "rewards groups columns"]
-Map: TypeAlias = Callable[[Block, Mask], Block]
 Value = TypeVar("Value")
 
 
@@ -114,9 +113,9 @@ class SelectConfig:
         weights = self.weights.values()
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(f"select.weights must be >= 0 and not all 0, got {self.weights}")
-        for name, (center, spread) in self.fixed.items():
-            if not (math.isfinite(center) and 0 < spread < math.inf):
-                raise ValueError(f"select.fixed.{name}: spread must be > 0, got {spread}")
+        for name, (center, width) in self.fixed.items():
+            if not (math.isfinite(center) and 0 < width < math.inf):
+                raise ValueError(f"select.fixed.{name}: spread must be > 0, got {width}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def select(
     variants = scores.shape[2] - 1
     if config.mode == "group" and config.k < variants:
         raise ValueError(f"select.k must hold one whole group of {variants} images, got {config.k}")
-    rows = _filter_rows(config, names)
+    rows = filter_rows(config, names)
     weights = {r: w for r, w in _by_row(config, names, "weights", config.weights).items() if w}
 
     status = _screen(scores, present)
@@ -196,9 +195,12 @@ def select(
             "select: no group has a baseline and finite scores for all its images"
         )
     for row in {*rows, *weights}:
-        _require_variance(names[row], scores[row], usable)
+        require_variance(names[row], scores[row], usable)
     scales = _statistics(config, names, scores, usable, weights)
-    maps = {row: _map(config, scores[row], usable, scales.get(names[row])) for row in weights}
+    maps = {
+        row: to_scale(config.scale, scores[row], usable, scales.get(names[row]), config.epsilon)
+        for row in weights
+    }
 
     found = Selection(
         names=names,
@@ -211,10 +213,10 @@ def select(
         rank=np.full(status.shape, -1, np.int32),
         status=status,
         funnel={},
-        keeps={_joined(names, part): 0 for part in _sub_filters(rows)},
+        keeps={joined(names, part): 0 for part in sub_filters(rows)},
         scales=scales,
     )
-    for part in _blocks(len(status), 8192):
+    for part in blocks(len(status), 8192):
         _judge(config, found, part, rows, [(weights[row], row, maps[row]) for row in weights])
     if not found.eligible.any():
         raise NothingSelected(_nothing(config, found))
@@ -257,21 +259,6 @@ def joint(won: Sequence[Mask], usable: Mask) -> Mask:
     return every
 
 
-def advantages(composite: Block, counted: Mask, epsilon: float) -> Block:
-    """(R - mean) / (std + epsilon) within each group, over the counted images.
-
-    Returns:
-        NaN where not counted. In a group of n: sum 0, |advantage| < sqrt(n - 1), 0 if all equal.
-
-    Source: Algorithm 1, step 3; std is the population's.
-    """
-    count = np.maximum(counted.sum(axis=-1, keepdims=True), 1)
-    mean = np.where(counted, composite, 0.0).sum(axis=-1, keepdims=True) / count
-    away = np.where(counted, composite - mean, 0.0)
-    std = np.sqrt(np.square(away).sum(axis=-1, keepdims=True) / count)
-    return np.where(counted, away / (std + epsilon), np.nan)
-
-
 def _judge(
     config: SelectConfig,
     found: Selection,
@@ -300,7 +287,7 @@ def _judge(
     if config.image_level:
         status[kept & ~winner] = Status.NOT_A_WINNER
     found.wins[:, part], found.passes[part], found.status[part] = won, passes, status
-    for name, rewards in zip(found.keeps, _sub_filters(rows), strict=True):
+    for name, rewards in zip(found.keeps, sub_filters(rows), strict=True):
         best = joint([won[row] for row in rewards], usable).any(axis=-1)
         found.keeps[name] += int(best.sum())
 
@@ -378,7 +365,7 @@ def _statistics(
     if config.scale in ("group", "rank"):
         return {}
     if config.scale != "fixed":
-        return {names[r]: _spread(config.scale, names[r], scores[r], usable) for r in weights}
+        return {names[r]: spread(config.scale, names[r], scores[r], usable) for r in weights}
     fixed = _by_row(config, names, "fixed", config.fixed)
     for row in weights:
         if row not in fixed:
@@ -386,64 +373,10 @@ def _statistics(
     return {names[row]: fixed[row] for row in weights}
 
 
-def _spread(scale: str, name: str, scores: Block, usable: Mask) -> tuple[float, float]:
-    """Center and spread over the usable images, baselines included."""
-    if scale == "mad":
-        values = scores[usable]
-        center = np.median(values)
-        spread = 1.4826 * np.median(np.abs(values - center))
-    elif scale == "minmax":
-        center, high = _range(scores, usable)
-        spread = high - center
-    else:  # two passes: E[x^2] - E[x]^2 cancels for scores far from 0
-        count = int(usable.sum())
-        center = sum(float(chunk.sum()) for chunk in _chunks(scores, usable)) / count
-        squares = (float(np.square(chunk - center).sum()) for chunk in _chunks(scores, usable))
-        spread = math.sqrt(sum(squares) / count)
-    if not spread > 0:
-        raise ValueError(
-            f"select.scale {scale!r}: most scores of reward {name!r} are equal, so that their "
-            f"spread is 0; use 'zscore' or 'rank'"
-        )
-    return float(center), float(spread)
-
-
-def _map(
-    config: SelectConfig, scores: Block, usable: Mask, scale: tuple[float, float] | None
-) -> Map:
-    """The function that brings one reward's scores to the common scale."""
-    if scale is not None:
-        center, spread = scale
-        return lambda x, _: (x - center) / spread
-    if config.scale == "group":
-        return lambda x, here: advantages(x, here, config.epsilon)
-    pool = np.sort(scores[usable])
-
-    def mid_rank(x: Block, _: Mask) -> Block:
-        x = x.astype(pool.dtype)  # exact, it is where x came from
-        return (np.searchsorted(pool, x) + np.searchsorted(pool, x, "right")) / (2 * len(pool))
-
-    return mid_rank
-
-
-def _require_variance(name: str, scores: Block, usable: Mask) -> None:
-    low, high = _range(scores, usable)
-    if low == high:
-        raise ValueError(
-            f"reward {name!r} has zero variance over the pool (every score is {low:g}), so it "
-            f"cannot choose: check it, or take it out of select.filter and select.weights"
-        )
-
-
-def _range(scores: Block, usable: Mask) -> tuple[float, float]:
-    ends = [(float(chunk.min()), float(chunk.max())) for chunk in _chunks(scores, usable)]
-    return min(low for low, _ in ends), max(high for _, high in ends)
-
-
 def _screen(scores: Scores, present: Mask) -> UInt8[np.ndarray, "groups columns"]:
     """First status: refined images of sound groups are REMOVED_BY_FILTER until `_judge`."""
     status = np.empty(present.shape, np.uint8)
-    for part in _blocks(len(present), 8192):
+    for part in blocks(len(present), 8192):
         here = _by_column(present[part])
         unknown = ~np.isfinite(_by_column(scores[:, part])).all(axis=0)
         block = np.full_like(here, Status.REMOVED_BY_FILTER, np.uint8)
@@ -468,7 +401,8 @@ def _check_pool(names: Sequence[str], scores: np.ndarray, present: np.ndarray | 
     return np.broadcast_to(np.True_, scores.shape[1:]) if present is None else present
 
 
-def _filter_rows(config: SelectConfig, names: Sequence[str]) -> list[int]:
+def filter_rows(config: SelectConfig, names: Sequence[str]) -> list[int]:
+    """Rows of the scores that the filter looks at."""
     return list(_by_row(config, names, "filter", dict.fromkeys(filter_keys(config.filter), True)))
 
 
@@ -496,26 +430,15 @@ def _closest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _sub_filters(rows: Sequence[int]) -> list[tuple[int, ...]]:
+def sub_filters(rows: Sequence[int]) -> list[tuple[int, ...]]:
     """Each reward alone, all but one, all; without repetition."""
     but_one = [tuple(r for r in rows if r != row) for row in rows if len(rows) > 1]
     return list(dict.fromkeys([*((row,) for row in rows), *but_one, tuple(rows)]))
 
 
-def _joined(names: Sequence[str], rows: Sequence[int]) -> str:
+def joined(names: Sequence[str], rows: Sequence[int]) -> str:
+    """Name of a part of the filter, as in `Selection.keeps`."""
     return "+".join(names[row] for row in rows) or "none"
-
-
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
-
-
-def _chunks(scores: Block, usable: Mask) -> Iterator[Float[np.ndarray, " n"]]:
-    """The usable scores of one reward, in float64, some at a time."""
-    for part in _blocks(len(scores), 65536):
-        chunk = scores[part][usable[part]].astype(np.float64)
-        if chunk.size:
-            yield chunk
 
 
 def _by_column(block: np.ndarray) -> np.ndarray:
@@ -534,70 +457,3 @@ def _nothing(config: SelectConfig, found: Selection) -> str:
         f"select.filter {config.filter!r} keeps none of {(found.status == Status.BASELINE).sum()} "
         f"groups (its parts would keep: {keeps}); {advice}, or make more variants per prompt"
     )
-
-
-def explain(
-    selection: Selection, config: SelectConfig, group: int, column: int | None = None
-) -> str:
-    """Why a candidate, or each one of a group, was or was not selected: some lines of text.
-
-    Args:
-        selection: what `select` returned for `config`.
-        config: the same.
-        group: position of the prompt in the pool.
-        column: of the candidate, 0 = the baseline; None = the whole group.
-
-    Raises:
-        ValueError: the pool has no such cell.
-    """
-    groups, columns = selection.status.shape
-    if not (0 <= group < groups and 0 <= (column or 0) < columns):
-        raise ValueError(f"no candidate ({group}, {column}) in a pool of {groups} x {columns}")
-    asked = range(columns) if column is None else [column]
-    numbers = (selection.composite, selection.gain, selection.advantage)
-    width = max(13, *(len(name) + 2 for name in selection.names))
-    heads = [*selection.names, "composite", "gain", "advantage"]
-    lines = [
-        f"group {group}: {_verdict(selection, config, group)}",
-        "   j" + "".join(f"{head:>{width}}" for head in heads) + "   (> beats the baseline)",
-    ]
-    for j in sorted({0, *asked}):
-        pairs = zip(selection.wins[:, group, j], selection.scores[:, group, j], strict=True)
-        cells = [f"{'> ' if win else ''}{score:.5g}" for win, score in pairs]
-        cells += [f"{values[group, j]:+.4f}".replace("+nan", "-") for values in numbers]
-        lines.append(f"{j:4d}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join([*lines, *(f"{j:4d} {reason(selection, config, group, j)}" for j in asked)])
-
-
-def _verdict(selection: Selection, config: SelectConfig, group: int) -> str:
-    """The filter on one group, in words."""
-    usable = selection.status[group : group + 1] >= Status.BASELINE.value
-    if not usable.any():
-        return "dropped before the filter"
-    won = selection.wins[:, group : group + 1]
-    counts = ", ".join(
-        f"{_joined(selection.names, part)} {joint([won[row] for row in part], usable).sum()}"
-        for part in _sub_filters(_filter_rows(config, selection.names))
-    )
-    verdict = "kept" if selection.passes[group] else "removed"
-    return f"{verdict} by filter {config.filter}; winners of {usable[:, 1:].sum()}: {counts}"
-
-
-def reason(selection: Selection, config: SelectConfig, group: int, column: int) -> str:
-    """The one reason why this candidate was or was not selected."""
-    rank, counts = selection.rank[group, column], selection.funnel
-    place = f"rank {rank} of {counts['eligible']} by {config.rank_by}"
-    drawn = f"{config.strategy} {counts['selected']}, select.mode {config.mode}"
-    if config.mode == "image":
-        drawn += f", select.per_prompt_cap {config.per_prompt_cap}"
-    return {
-        Status.ABSENT: "not there: its group has fewer images",
-        Status.DROPPED_NO_BASELINE: "not selected: its group has no baseline",
-        Status.DROPPED_NAN: "not selected: a score in its group is NaN or infinite",
-        Status.BASELINE: "never selected: it is the baseline, the plain prompt's image",
-        Status.REMOVED_BY_FILTER: f"not selected: filter {config.filter} removed its group",
-        Status.NOT_A_WINNER: "not selected: does not win itself, as select.image_level asks",
-        Status.CUT_BY_CAP: f"not selected: {place}, behind others of its prompt ({drawn})",
-        Status.CUT_BY_K: f"not selected: {place}, not among the {drawn}",
-        Status.SELECTED: f"selected: {place}, among the {drawn}",
-    }[Status(selection.status[group, column])]

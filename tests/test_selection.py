@@ -28,15 +28,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from craftune.explain import explain, reason
 from craftune.selection import (
     FILTERS,
     NothingSelected,
     SelectConfig,
     Status,
     _check_pool,
-    explain,
     filter_keys,
-    reason,
     select,
 )
 
