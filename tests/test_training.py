@@ -397,7 +397,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
 ) -> None:
     config = replace(CONFIG, micro_batch=micro_batch)
     policy = toy()
-    with pytest.raises(FloatingPointError, match="step 4 is not finite.*learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite.*learning_rate"):
         run(tmp_path / "bad", config, data=poisoned(3, value), policy=policy)
     three = toy()
     run(tmp_path / "good", replace(config, steps=3), policy=three)

@@ -1,0 +1,142 @@
+"""What every family owes the pipeline, over the whole table."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from toy import kept_checkpoint, load_sd
+
+from craftune.config import ModelConfig
+from craftune.errors import UserError
+from craftune.models import FAMILIES, PIPELINES, family_of
+from craftune.types import Cond, Denoiser, Model
+
+CHECKPOINTS: dict[str, list[Callable[[], Path]]] = {
+    "sd": [kept_checkpoint, lambda: kept_checkpoint("v_prediction", "linspace")]
+}
+CASES = [(name, i) for name, makers in CHECKPOINTS.items() for i in range(len(makers))]
+PROMPTS = ["two red dogs", "a cat", "", "two red dogs"]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def model(request: pytest.FixtureRequest) -> Model:
+    name, number = request.param
+    return load_sd(CHECKPOINTS[name][number]())
+
+
+def ask(model: Model, rows: slice) -> torch.Tensor:
+    x_t = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 10, 500, 999])
+    with torch.no_grad():
+        return model.denoiser(x_t[rows], t[rows], model.encode_prompts(PROMPTS).rows(rows))
+
+
+def test_every_family_has_a_checkpoint_and_a_pipeline() -> None:
+    assert set(CHECKPOINTS) == set(FAMILIES) == set(PIPELINES.values())
+
+
+def test_the_family_is_read_from_the_checkpoint() -> None:
+    for name, makers in CHECKPOINTS.items():
+        assert family_of(ModelConfig(path=str(makers[0]()))) == name
+
+
+def test_a_folder_of_no_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing"):
+        family_of(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(UserError, match="no known family"):
+        family_of(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="did you mean 'sd'"):
+        family_of(ModelConfig(path=str(tmp_path), family="sdd"))
+
+
+def test_the_denoiser_gives_finite_float32_of_the_latents_shape(model: Model) -> None:
+    assert isinstance(model.denoiser, Denoiser)
+    out = ask(model, slice(0, 4))
+    assert out.dtype == torch.float32
+    assert out.shape == (4, *model.latent_shape)
+    assert torch.isfinite(out).all()
+
+
+def test_each_row_is_answered_for_itself(model: Model) -> None:
+    """Whatever else is in the batch, up to summation order; prompt, t and latents all count."""
+    whole = ask(model, slice(0, 4))
+    parts = torch.cat([ask(model, slice(i, i + 1)) for i in range(4)])
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+    x_t, t = torch.randn(1, *model.latent_shape), torch.tensor([500])
+    cond = model.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        one = model.denoiser(x_t, t, cond.rows(slice(0, 1)))
+        assert not torch.equal(one, model.denoiser(x_t, t, cond.rows(slice(1, 2))))
+        assert not torch.equal(one, model.denoiser(x_t, t + 100, cond.rows(slice(0, 1))))
+
+
+def test_prompts_are_rows_of_finite_tokens(model: Model) -> None:
+    cond = model.encode_prompts(PROMPTS)
+    assert len(cond) == 4
+    assert "tokens" in cond.tensors
+    for tensor in cond.tensors.values():
+        assert len(tensor) == 4
+        assert torch.isfinite(tensor).all()
+        assert not tensor.requires_grad
+        assert torch.equal(tensor[0], tensor[3])
+        assert not torch.equal(tensor[0], tensor[1])
+
+
+def test_conds_are_cut_and_joined_by_row(model: Model) -> None:
+    cond = model.encode_prompts(PROMPTS)
+    picked = cond.rows(torch.tensor([2, 0, 0]))
+    again = Cond.cat([cond.rows(slice(2, 3)), cond.rows(slice(0, 1)), cond.rows(slice(0, 1))])
+    for name, tensor in picked.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+        assert torch.equal(tensor[0], cond.tensors[name][2])
+
+
+def test_images_are_in_0_1_and_go_back_to_latents(model: Model) -> None:
+    latents = torch.randn(2, *model.latent_shape)
+    with torch.no_grad():
+        images = model.decode(latents)
+    assert images.dtype == torch.float32
+    assert images.shape[:2] == (2, 3)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    back = model.encode_images(images)
+    assert back.shape == latents.shape
+    assert torch.equal(back, model.encode_images(images))  # no draw: the mode
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
+def test_grids_go_from_noise_to_image(model: Model, sampler: str) -> None:
+    for steps in (1, 4, 25):
+        grid = model.grid(sampler, steps)
+        assert len(grid.timesteps) == steps
+        assert grid.timesteps.diff().lt(0).all()
+        ratio = grid.sigmas / grid.alphas
+        assert ratio[:, 1].lt(ratio[:, 0]).all()
+        # a step starts at its timestep's own level in the schedule
+        schedule = model.denoiser.schedule
+        torch.testing.assert_close(grid.alphas[:, 0], schedule.alphas[grid.timesteps])
+
+
+def test_the_network_trains(model: Model) -> None:
+    network = model.denoiser.network.requires_grad_(True)
+    x_t, t = torch.randn(2, *model.latent_shape), torch.tensor([10, 900])
+    model.denoiser(x_t, t, model.encode_prompts(PROMPTS[:2])).square().mean().backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None]
+    assert without == []
+    assert any(name.endswith(model.lora_targets[0]) for name, _ in network.named_modules())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model: Model) -> None:
+    network = model.denoiser.network.requires_grad_(True).train()
+    x_t, t = torch.randn(2, *model.latent_shape), torch.tensor([10, 900])
+    cond = model.encode_prompts(PROMPTS[:2])
+    found = []
+    for checkpointing in (False, True):
+        network.zero_grad()
+        if checkpointing:
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        model.denoiser(x_t, t, cond).square().mean().backward()
+        found.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[0], found[1], atol=1e-7, rtol=1e-5)
