@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from craftune import pipeline
 from craftune.config import Recipe
 from craftune.errors import UserError, unknown_name
+from craftune.explain import explain as explain_cell
 from craftune.methods import METHODS
 from craftune.models import FAMILIES
 from craftune.recipes import load_recipe, settings
@@ -19,7 +20,6 @@ from craftune.refiners import FROM_FILE, REFINERS
 from craftune.rewards import REWARDS
 from craftune.runs import stage_folder
 from craftune.selection import FILTERS, NothingSelected, SelectConfig, select
-from craftune.selection import explain as explain_cell
 from craftune.stages.select import Pool, load_pool
 
 

@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from craftune.errors import UserError
+from craftune.explain import reason
 from craftune.records import read_table, write_json, written
-from craftune.selection import NothingSelected, SelectConfig, Selection, Status, reason, select
+from craftune.selection import NothingSelected, SelectConfig, Selection, Status, select
 
 POOL_COLUMNS = ["id", "prompt_id", "prompt", "refined_prompt", "category", "variant", "sample"]
 
