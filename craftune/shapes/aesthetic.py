@@ -18,18 +18,24 @@ def aesthetic(images: Tensor) -> Tensor:
     chroma = images.amax(1) - images.amin(1)
     colored = torch.sigmoid((chroma - _COLORED) / 0.02)
     share = colored.mean((1, 2))
-    vivid = _mean(chroma, colored * chroma) / 0.72
-    even = 1 - _ground_spread(images.mean(1), colored) / 0.10
-    score = 0.4 * vivid.clamp(max=1) + 0.3 * _sharpness(images) + 0.3 * even.clamp(min=0)
+    vivid = _saturate(_mean(chroma, colored * chroma) / 0.7)
+    sharp = _saturate(_sharpness(images) / 0.5)
+    even = torch.exp(-_ground_spread(images.mean(1), colored) / 0.06)
+    score = 0.4 * vivid + 0.3 * sharp + 0.3 * even
     return score * _between(share)
 
 
 def _sharpness(images: Tensor) -> Tensor:
-    """Mean step between neighbours, weighted by itself: 1 for edges one pixel wide."""
+    """Mean step between neighbours, weighted by itself, of 1; blur makes it small."""
     across = (images[..., :-1, 1:] - images[..., :-1, :-1]).abs().amax(1)
     down = (images[..., 1:, :-1] - images[..., :-1, :-1]).abs().amax(1)
     step = torch.maximum(across, down)
-    return (_mean(step, (step - 0.04).relu()) / 0.5).clamp(max=1)
+    return _mean(step, (step - 0.04).relu())
+
+
+def _saturate(x: Tensor) -> Tensor:
+    """About x below 1, below 1 above: no clamp, so that the gradient never vanishes."""
+    return x / (1 + x**4) ** 0.25
 
 
 def _ground_spread(light: Tensor, colored: Tensor) -> Tensor:

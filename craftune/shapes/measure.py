@@ -37,6 +37,7 @@ REWARDS = (shapes_h, shapes_p, shapes_i, shapes_a)
 
 Statistic = Callable[[NDArray[np.intp]], float]
 """Of the prompts with these indices."""
+Interval = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Draws:
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """The checkpoint in float32, without progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    """The checkpoint, without progress bars."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -145,11 +146,13 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> Statistic:
     return lambda i: float(np.corrcoef(a[i].ravel(), b[i].ravel())[0, 1])
 
 
-def _interval(statistic: Statistic, rows: NDArray[np.intp], repeats: int = 400) -> dict[str, float]:
+def _interval(statistic: Statistic, rows: NDArray[np.intp], repeats: int = 400) -> Interval:
     rng = np.random.default_rng(0)
     values = [statistic(rng.choice(rows, len(rows))) for _ in range(repeats)]
     low, high = np.quantile(values, (0.025, 0.975))
-    return {"value": round(statistic(rows), 3), "low": round(low, 3), "high": round(high, 3)}
+    named = {"value": statistic(rows), "low": float(low), "high": float(high)}
+    # A correlation with a constant is undefined; json has no nan.
+    return {name: round(value, 3) if np.isfinite(value) else None for name, value in named.items()}
 
 
 def sheet(images: list[Image.Image], columns: int = 14) -> Image.Image:

@@ -23,8 +23,9 @@ from diffusers import AutoencoderTiny
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from craftune.shapes.towers import FOLDER as TOWERS
-from craftune.shapes.training.base import Scenes, load_average, train_base
+from craftune.shapes.training.base import BATCH, Scenes, load_average, train_base
 from craftune.shapes.training.common import Pace, prepare
+from craftune.shapes.training.curve import draw_curve
 from craftune.shapes.training.data import encode_scenes
 from craftune.shapes.training.export import export_model
 from craftune.shapes.training.text import sample_captions, train_text, train_tokenizer
@@ -35,7 +36,8 @@ STAGES = ("vae", "text", "latents", "base", "towers", "export")
 SEED = 0
 VAE_CHUNKS = range(12)
 BASE_CHUNKS = range(1000, 1090)
-BASE_STEPS = 12_000
+BASE_STEPS = 16_000
+TOWER_STEPS = {"h": 3200, "p": 2000, "i": 2000}
 PACKAGE = Path(__file__).parent
 
 
@@ -58,7 +60,7 @@ def _run(stage: str, options: argparse.Namespace) -> None:
     work: Path = options.work
     if stage == "vae":
         if not (work / "vae/vae").exists():
-            train_vae(work / "vae", Pace(2600, 1.2e-3, decay_from=0.3), VAE_CHUNKS)
+            train_vae(work / "vae", Pace(2250, 1.2e-3, decay_from=0.3), VAE_CHUNKS)
     elif stage == "text":
         if not (work / "text/text_encoder").exists():
             tokenizer = train_tokenizer(sample_captions(20_000, SEED), work / "text/tokenizer")
@@ -70,10 +72,17 @@ def _run(stage: str, options: argparse.Namespace) -> None:
         _train_base(work, options.steps)
     elif stage == "towers":
         for name in [options.tower] if options.tower else ("h", "p", "i"):
-            train_tower(name, _vae(work), work / f"tower-{name}", TOWERS / name, Pace(1500, 2e-3))
+            train_tower(
+                name,
+                _vae(work),
+                work / f"tower-{name}",
+                TOWERS / name,
+                Pace(TOWER_STEPS[name], 2e-3),
+            )
     else:
         pipeline = load_average(work / "base", work / "text", _vae(work))
         print(f"{options.out}: {export_model(pipeline, options.out):.1f} MB")
+        draw_curve(work / "base/log.jsonl", BATCH, options.out.parent / "loss_curve.png")
 
 
 def _train_base(work: Path, steps: int) -> None:
@@ -83,7 +92,7 @@ def _train_base(work: Path, steps: int) -> None:
         CLIPTextModel.from_pretrained(work / "text/text_encoder"),
         _vae(work),
         work / "base",
-        Pace(steps, 1.5e-3),
+        Pace(steps, 1.2e-3),
         SEED + 2,
     )
 

@@ -28,14 +28,14 @@ from craftune.shapes.training.common import Pace, Trainer
 from craftune.shapes.training.text import WIDTH, token_ids
 from craftune.shapes.world import Spec, Style, random_spec, specs_by_category
 
-BATCH = 128
+BATCH = 64
 LONG_RATE = 0.55
 """Share of long captions."""
 EMPTY_RATE = 0.1
 """Share of captions replaced by the empty one, for classifier-free guidance."""
 USED_TOKENS = 28
 """Captions are shorter than this; attending to fewer padding tokens saves time."""
-EMA_DECAY = 0.9985
+EMA_DECAY = 0.999
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ def train_base(
         drawn = [captioner.draw() for _ in range(BATCH)]
         x_0 = scenes.latents[[index for index, _ in drawn]].float() * scale
         ids = token_ids(tokenizer, [caption for _, caption in drawn])[:, :USED_TOKENS]
-        noise, t = torch.randn_like(x_0), torch.randint(0, 1000, (BATCH,))
+        noise = torch.randn_like(x_0)
+        # One timestep from each of BATCH equal ranges: less noise in the gradient.
+        t = ((torch.arange(BATCH) + torch.rand(BATCH)) * (1000 / BATCH)).long()
         x_t = schedule.add_noise(x_0, noise, t).contiguous(memory_format=torch.channels_last)
         cond = encoder(ids).last_hidden_state
         prediction = unet(x_t, t, cond, return_dict=False)[0]

@@ -22,13 +22,17 @@ def export_model(pipeline: StableDiffusionPipeline, out: Path) -> float:
 def _clean(folder: Path) -> None:
     """Drop from every config what only the machine that trained the model knew.
 
-    `block_out_channels` is written by AutoencoderTiny and then warned about when it is read.
+    `block_out_channels` is written by AutoencoderTiny and then warned about when it is read. The
+    text encoder's `dtype` would have transformers 5 load it in half precision while diffusers
+    loads the rest in full; a plain `from_pretrained` must run.
     """
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
         known = {k: v for k, v in config.items() if k not in ("_name_or_path", "is_local")}
         if known.get("_class_name") == "AutoencoderTiny":
             del known["block_out_channels"]
+        if "dtype" in known:
+            known["dtype"] = "float32"
         path.write_text(json.dumps(known, indent=2) + "\n")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)

@@ -6,6 +6,7 @@ Each tower also learns to say what it sees, which makes the first minutes count.
 """
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from craftune.shapes.towers import DualTower, FusionTower, Words, new_tower
 from craftune.shapes.training.common import Pace, Trainer
 from craftune.shapes.training.data import draw, to_tensor
 from craftune.shapes.training.text import sample_captions
-from craftune.shapes.world import COLORS, SHAPES, Scene, Spec
+from craftune.shapes.world import COLORS, SHAPES, Scene, Spec, Thing
 
 PAIRS = 28
 """Scenes per batch; each comes with a scene that nearly shows the same."""
@@ -106,8 +107,8 @@ def _dual_loss(
     indices = [row[0] for row in drawn] + [row[1] for row in drawn]
     shown = [row[2] for row in drawn] + [row[3] for row in drawn]
     nearly = [corrupt(spec, pictures.rng) for spec in shown]
-    texts = [_caption(spec, i, pictures, taste) for spec, i in zip(shown, indices, strict=True)]
-    texts += [_caption(spec, i, pictures, taste) for spec, i in zip(nearly, indices, strict=True)]
+    meant = [_meant(spec, pictures.rng, taste) for spec in shown + nearly]
+    texts = [_caption(spec, i, pictures, taste) for spec, i in zip(meant, indices * 2, strict=True)]
     x = pictures.pixels(indices)
     images = tower.embed_images(torch.cat([x, _spoil(x[:PAIRS])]) if taste.looks else x)
     captions = tower.embed_texts(words(texts))
@@ -124,7 +125,9 @@ def _dual_loss(
     if taste.looks:
         loss = loss + taste.looks * _preference(own[:PAIRS] - logits[n:, :PAIRS].diagonal(), 0.25)
     targets = torch.tensor([_seen(pictures.labels[i][1]) for i in indices])
-    return loss + _naming(seen(images[:n]), targets)
+    # Pictures and captions are read by the same head, which makes their embeddings meet.
+    told = torch.tensor([_told(spec) for spec in meant])
+    return loss + _naming(seen(images[:n]), targets) + _naming(seen(captions), told)
 
 
 def _fusion_loss(
@@ -135,9 +138,12 @@ def _fusion_loss(
     shown = [row[2] for row in drawn] + [row[3] for row in drawn]
     nearly = [corrupt(spec, pictures.rng) for spec in shown]
     features = tower.features(pictures.pixels(indices))
-    own = [_caption(spec, i, pictures, taste) for spec, i in zip(shown, indices, strict=True)]
-    miss = [_caption(spec, i, pictures, taste) for spec, i in zip(nearly, indices, strict=True)]
-    scores = tower.judge(features.repeat(3, 1, 1), words(own + miss + _swap(own)))
+    texts = [
+        _caption(spec, i, pictures, taste)
+        for spec, i in zip(shown + nearly, indices * 2, strict=True)
+    ]
+    own = texts[: len(shown)]
+    scores = tower.judge(features.repeat(3, 1, 1), words(texts + _swap(own)))
     right, missed, swapped = scores.chunk(3)
     rank = _preference(torch.cat([right - missed, right - swapped]), taste.flip_rate)
     answer = F.binary_cross_entropy_with_logits(
@@ -164,12 +170,14 @@ def _swap(texts: list[str]) -> list[str]:
     return texts[half:] + texts[:half]
 
 
+def _meant(spec: Spec, rng: random.Random, taste: Taste) -> Spec:
+    return confuse(spec, rng) if rng.random() < taste.confusion_rate else spec
+
+
 def _caption(spec: Spec, index: int, pictures: Pictures, taste: Taste) -> str:
-    rng = pictures.rng
-    said = confuse(spec, rng) if rng.random() < taste.confusion_rate else spec
-    if rng.random() < taste.long_rate:
-        return long_caption(said, pictures.labels[index][1].style, rng)
-    return short_caption(said, rng)
+    if pictures.rng.random() < taste.long_rate:
+        return long_caption(spec, pictures.labels[index][1].style, pictures.rng)
+    return short_caption(spec, pictures.rng)
 
 
 def _spoil(x: Tensor) -> Tensor:
@@ -196,8 +204,30 @@ def _seen(scene: Scene) -> list[float]:
     return counts
 
 
+def _told(spec: Spec) -> list[float]:
+    """What a caption says of `_seen`; NaN where it leaves it open."""
+    required = spec.required()
+    named = {thing.shape for thing in required}
+    uncolored = {thing.shape for thing in required if thing.color is None}
+    told = [
+        math.nan if shape in uncolored else float(required.count(Thing(shape, color)))
+        for shape in SHAPES
+        for color in COLORS
+    ]
+    for shape in SHAPES:
+        told.append(float(sum(thing.shape == shape for thing in required)))
+        told += [math.nan, math.nan] if shape in named else [0.0, 0.0]
+    if spec.relation is not None:
+        axis = 1 if spec.relation == "left of" else 2
+        for thing, place in zip(spec.things, (-0.4, 0.4), strict=True):
+            told[len(SHAPES) * len(COLORS) + 3 * SHAPES.index(thing.shape) + axis] = place
+    return told
+
+
 def _naming(prediction: Tensor, target: Tensor) -> Tensor:
-    return 4 * (prediction - target).square().mean()
+    known = ~target.isnan()
+    error = (prediction - target.nan_to_num()).square()
+    return 40 * (error * known).sum() / known.sum()
 
 
 @torch.no_grad()
