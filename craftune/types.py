@@ -167,7 +167,7 @@ class Rows(Protocol):
         ...
 
 
-Batch = TypeVar("Batch", bound=Rows)
+Batch = TypeVar("Batch", bound=Rows, contravariant=True)
 Drawn = TypeVar("Drawn", bound=Rows)
 
 

@@ -81,14 +81,14 @@ def by_hand(config: TrainConfig, seed: int = 0) -> tuple[ToyDenoiser, ToyDenoise
     for step in range(config.steps):
         batch = feed(step)
         draws = method.draw(policy.schedule, batch, stream("draws", seed, step))
-        policy.network.zero_grad()
-        method.loss(policy, None, batch, draws)[0].backward()
-        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters))
+        loss, _ = method.loss(policy, None, batch, draws)
+        grads = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
         norms.append(norm)
         rate = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
         with torch.no_grad():
-            for p, m, v in zip(parameters, first, second, strict=True):
-                grad = p.grad * min(1, config.max_grad_norm / norm)
+            for p, grad, m, v in zip(parameters, grads, first, second, strict=True):
+                grad = grad * min(1, config.max_grad_norm / norm)
                 p.mul_(1 - rate * config.weight_decay)
                 m.mul_(0.9).add_(0.1 * grad)
                 v.mul_(0.999).add_(0.001 * grad.square())

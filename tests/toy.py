@@ -339,14 +339,13 @@ def _unet() -> UNet2DConditionModel:
 
 
 def _kl() -> AutoencoderKL:
+    settings: dict[str, Any] = {  # diffusers annotates these as tuples of one
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.18215,
+        **settings, latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.18215
     )
 
 

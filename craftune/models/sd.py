@@ -112,9 +112,10 @@ def _pipeline(path: Path, config: ModelConfig) -> Any:
     }
     try:
         # transformers invents missing weights; the pipeline would not tell which.
-        text_encoder, info = CLIPTextModel.from_pretrained(
+        loaded: Any = CLIPTextModel.from_pretrained(
             path, subfolder="text_encoder", output_loading_info=True, **common
         )
+        text_encoder, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"text_encoder lacks the weight {min(info['missing_keys'])!r}")
         return StableDiffusionPipeline.from_pretrained(

@@ -134,7 +134,8 @@ def _latents(pool: Path, names: list[str], shape: tuple[int, ...]) -> Float[Tens
     found = np.empty((len(names), *shape), np.float32)
     for shard in sorted(pool.glob("part-*.parquet")):
         table = read_table(shard, ["id", "latents"])
-        table = table.filter(pc.is_in(table["id"], value_set=pa.array(names, pa.string())))
+        wanted = pc.is_in(table["id"], value_set=pa.array(names, pa.string()))  # type: ignore[attr-defined]
+        table = table.filter(wanted)
         for name, latents in zip(table["id"].to_pylist(), table["latents"], strict=True):
             found[where.pop(name)] = latents.values.to_numpy().reshape(shape)
     if where:
