@@ -2,6 +2,8 @@
 
 import argparse
 import inspect
+import shutil
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,10 +58,7 @@ def _checked(options: argparse.Namespace) -> Recipe:
 def list_names(options: argparse.Namespace) -> int:
     """One line per name of a table."""
     if options.table == "settings":
-        rows = settings()
-        width = max(len(f"{key} = {default}") for key, default, _ in rows)
-        for key, default, text in rows:
-            print(f"{f'{key} = {default}':<{min(width, 44)}}  {text}")
+        _print_settings()
         return 0
     filters = {
         name: f"one image beats the plain prompt's on {' and '.join(roles)}"
@@ -82,6 +81,18 @@ def list_names(options: argparse.Namespace) -> int:
     if options.table == "filters":
         print("\nLetters are select.roles; a list of rewards is a filter, too.")
     return 0
+
+
+def _print_settings() -> None:
+    """Every key of a recipe as a recipe has it, with its default and what it does."""
+    columns = min(shutil.get_terminal_size().columns, 100)
+    last = ""
+    for section, key, text in settings():
+        if section != last:
+            print(f"{chr(10) if last else ''}[{section}]")
+        last = section
+        first = f"{key:<27}  "
+        print(textwrap.fill(text, columns, initial_indent=first, subsequent_indent=" " * 29))
 
 
 def explain(options: argparse.Namespace) -> int:

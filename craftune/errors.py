@@ -15,6 +15,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """A message for a name that is in no table, with the closest known one."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    known_names = ", ".join(names[:12]) + (f", ... {len(names)} in all" if len(names) > 12 else "")
-    return f"unknown {kind} {name!r}; {hint}(known: {known_names})"
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    shown = ", ".join(names[:12]) + (f", ... {len(names)} in all" if len(names) > 12 else "")
+    return f"unknown {kind} {name!r}{hint} (known: {shown or 'none'})"

@@ -1,18 +1,21 @@
 """A recipe checked, and its eight stages run one after the other."""
 
+import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from craftune import methods, models, refiners, rewards
 from craftune.config import Recipe
 from craftune.errors import UserError
 from craftune.plan import stages
 from craftune.records import write_json
-from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change
+from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
 from craftune.selection import NothingSelected, select
 
 SENTENCES = {
@@ -137,6 +140,15 @@ def _execute(folder: Path, stage: Stage) -> None:
         reason = str(error).splitlines()[0]
         mend = LESS_MEMORY.get(stage.name, "free some of the device's memory")
         raise UserError(f"stage {stage.name!r}: {reason} {mend} and run again") from None
+    except OSError as error:
+        error.filename = error.filename or str(stage_folder(folder, stage.name))
+        raise
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        reason = os.strerror(int(number[1]))
+        raise OSError(int(number[1]), reason, str(stage_folder(folder, stage.name))) from None
     record = done(folder, stage.name) or {}
     counts = record["counts"]
     rejected = ", ".join(

@@ -16,6 +16,21 @@ from pydantic import TypeAdapter, ValidationError
 from craftune.config import Recipe
 from craftune.errors import UserError, unknown_name
 
+SECTIONS = (
+    "run",
+    "model",
+    "prompts",
+    "refine",
+    "generate",
+    "score",
+    "select",
+    "method",
+    "train",
+    "evaluate",
+    "report",
+)
+"""In the order in which a run needs them."""
+
 MEND = {
     "int_type": "write a whole number without quotes",
     "float_type": "write a number without quotes",
@@ -53,38 +68,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validate(data, str(path))
 
 
-def settings() -> list[tuple[str, str, str]]:
-    """Every key of a recipe as ("section.key", default as TOML, what it does)."""
-    return list(_settings(Recipe, ""))
+def settings() -> Iterator[tuple[str, str, str]]:
+    """Every key of a recipe, in the order of the stages: section, "key = default", what it does."""
+    kinds = get_type_hints(Recipe)
+    for section in SECTIONS:
+        yield from _settings(kinds[section], section)
 
 
-def _settings(kind: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
-    known, hints = kind.__pydantic_fields__, get_type_hints(kind)
-    for name, info in known.items():
+def _settings(kind: Any, section: str) -> Iterator[tuple[str, str, str]]:
+    hints = get_type_hints(kind)
+    for name, info in kind.__pydantic_fields__.items():
         if is_dataclass(hints[name]):
-            yield from _settings(hints[name], f"{prefix}{name}.")
+            yield from _settings(hints[name], f"{section}.{name}")
             continue
-        default = (
-            "(required)"
-            if info.is_required()
-            else _toml(info.get_default(call_default_factory=True))
-        )
-        yield prefix + name, default, " ".join((info.description or "").split())
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        shown = name if default is None else f"{name} = {_toml(default)}"
+        text = " ".join((info.description or "").split())
+        yield section, shown, f"Required. {text}" if info.is_required() else text
 
 
 def _toml(value: Any) -> str:
     """A default as a recipe would write it."""
-    if value is None:
-        return "(none)"
     if isinstance(value, dict):
-        return (
-            "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
-            if value
-            else "{}"
-        )
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value)
+        inside = ", ".join(f"{key} = {_toml(v)}" for key, v in value.items())
+        return f"{{ {inside} }}" if inside else "{}"
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

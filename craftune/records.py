@@ -136,13 +136,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({error}); {_redo(path)}") from None
-
-
-def _redo(path: Path) -> str:
-    """What mends a file of a stage, whose folder is named 3-generate and so on."""
-    stage = path.parent.name.partition("-")[2] or "STAGE"
-    return f"run again with --redo {stage}, which makes this stage and the later ones anew"
+        stage = path.parent.name.partition("-")[2]
+        mend = f"; run again with --redo {stage}" if path.parent.name[:1].isdigit() else ""
+        raise UserError(f"{path}: damaged, not JSON ({error}){mend}") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -23,7 +23,7 @@ from craftune.records import read_json, sha256, write_json
 
 STAGES = ("prompts", "refine", "generate", "score", "select", "train", "evaluate", "report")
 PACKAGES = ("craftune", "torch", "diffusers", "transformers", "peft", "numpy", "pyarrow", "pillow")
-BEGUN, DONE = "begun.json", "done.json"
+BEGUN, DONE, TRASH = "begun.json", "done.json", ".trash"
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,17 @@ def locked(run: Path) -> Iterator[None]:
                 f"{run}: another craftune process is working on this run; wait for it, or choose "
                 "another run.name"
             ) from None
+        shutil.rmtree(run / TRASH, ignore_errors=True)  # of a --redo that was killed
         yield
 
 
 def redo(run: Path, name: str) -> None:
     """Throw away a stage and all that come after it, the last one first."""
-    trash = run / ".trash"
     for later in reversed(STAGES[STAGES.index(name) :]):
-        if trash.exists():
-            shutil.rmtree(trash)
         if stage_folder(run, later).exists():
             # All at once: a kill leaves no stage that has lost half its files.
-            stage_folder(run, later).rename(trash)
-            shutil.rmtree(trash)
+            stage_folder(run, later).rename(run / TRASH)
+            shutil.rmtree(run / TRASH)
 
 
 def execute(run: Path, stage: Stage) -> bool:
@@ -139,7 +137,7 @@ def refuse_change(run: Path, stage: Stage, inputs: Mapping[str, Any] | None = No
         UserError: names the first key that differs, and both values.
     """
     before, parts = done(run, stage.name), ("config", "code", "inputs")
-    if before is None:
+    if before is None and _worked(stage_folder(run, stage.name)):
         before, parts = _mark(run, stage.name, BEGUN, {"config", "inputs"}), ("config", "inputs")
     now = {"config": _plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
     for part in parts:
@@ -177,6 +175,12 @@ def _mark(run: Path, name: str, file: str, keys: set[str]) -> dict[str, Any] | N
             "make this stage and the later ones anew"
         )
     return value
+
+
+def _worked(folder: Path) -> bool:
+    """Whether an unfinished stage has left anything that may go on being used."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return any(path.name != BEGUN and path.suffix != ".partial" for path in files)
 
 
 def _is_output(path: Path, folder: Path) -> bool:

@@ -47,7 +47,7 @@ def save(folder: Path, step: int, stateful: Mapping[str, Any]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    torch.save(state, partial / "state.pt")
+    _write(state, partial / "state.pt")
     write_json(partial / "done.json", {"step": step, "sha256": sha256(partial / "state.pt")})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -78,6 +78,17 @@ def prune(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints; 0 keeps all."""
     for _, folder in _folders(out)[: -keep or None] if keep else []:
         shutil.rmtree(folder)
+
+
+def _write(state: Any, path: Path) -> None:
+    """torch.save with the system's own error: torch hides a full disk behind one of its own."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _folders(out: Path) -> list[tuple[int, Path]]:

@@ -3,7 +3,6 @@
 A family is one file with `load(path, config, device) -> Model`. Heavy imports stay inside it.
 """
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError, unknown_name
-from craftune.records import sha256
+from craftune.records import read_json, sha256
 from craftune.types import Model
 
 
@@ -30,6 +29,9 @@ FAMILIES: dict[str, Callable[[Path, ModelConfig, torch.device], Model]] = {"sd":
 
 PIPELINES = {"StableDiffusionPipeline": "sd"}
 """The `_class_name` in a checkpoint's model_index.json -> family."""
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of a checkpoint that may be missing: rewards see every image."""
 
 EMBEDDED = "craftune:"
 """Prefix of files that ship inside the package, e.g. craftune:shapes/model."""
@@ -82,16 +84,21 @@ def family_of(config: ModelConfig) -> str:
         if config.family not in FAMILIES:
             raise UserError(f"model.family: {unknown_name('family', config.family, FAMILIES)}")
         return config.family
-    index = checkpoint_folder(config) / "model_index.json"
+    return _family_in(checkpoint_folder(config) / "model_index.json")
+
+
+def _family_in(index: Path) -> str:
     if not index.is_file():
         raise UserError(f"{index}: missing; model.path must be a diffusers folder")
-    try:
-        pipeline = json.loads(index.read_text()).get("_class_name", "")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{index}: not valid JSON: {error.msg}") from None
+    parts = read_json(index)
+    pipeline = parts.get("_class_name", "") if isinstance(parts, dict) else ""
     if pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
         raise UserError(f"{index}: pipeline {pipeline!r} is of no known family (known: {known})")
+    for name, kind in parts.items():
+        needed = isinstance(kind, list) and kind[0] and name not in UNUSED
+        if needed and not (index.parent / name).is_dir():
+            raise UserError(f"{index.parent / name}: missing; the checkpoint is not whole")
     return PIPELINES[pipeline]
 
 

@@ -12,7 +12,7 @@ from craftune.records import Prompt, read_rows, read_table, write_table
 from craftune.seeds import stream_seed
 from craftune.stages.generate import Request, draw_images
 from craftune.stages.score import score_rows, scored_with
-from craftune.types import Model
+from craftune.types import Model, Reward
 
 IMAGE = pa.schema(
     [
@@ -66,7 +66,7 @@ def evaluate(
     empty = model.encode_prompts([""])
     loaded = [rewards.load(name) for name in dict.fromkeys(names)]
     starts = range(0, len(rows), size)
-    left = [start for start in starts if not scored_with(loaded, _files(out, arm, start, size)[1])]
+    left = [start for start in starts if not _finished(loaded, *_files(out, arm, start, size))]
     finished = min(len(rows), (len(starts) - len(left)) * size)
     for start in track(left, f"evaluate {arm}", len(rows), "image", size, finished):
         shard = rows[start : start + size]
@@ -84,6 +84,10 @@ def evaluate(
         ]
         write_table(scores, [{k: s[k] for k in SCORE.names} for s in scored], SCORE)
     return len(rows)
+
+
+def _finished(loaded: list[Reward], images: Path, scores: Path) -> bool:
+    return images.is_file() and scored_with(loaded, scores)
 
 
 def _files(out: Path, arm: str, start: int, size: int) -> tuple[Path, Path]:

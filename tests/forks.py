@@ -1,0 +1,124 @@
+"""Processes of the command line that start at once: forked from one that has imported everything.
+
+They are processes like any other: they get real signals, and what dies with them is gone. Run as
+a program this file is the process that they are forked from.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended; a negative status is the signal that killed it."""
+
+    status: int
+    err: str
+
+
+@dataclass(frozen=True)
+class Forks:
+    """The process to fork from."""
+
+    pipe_in: IO[str]
+    pipe_out: IO[str]
+
+    def run(
+        self,
+        arguments: list[str],
+        where: Path,
+        during: Callable[[int], None] = lambda pid: None,
+        kill_at: tuple[str, int] | None = None,
+    ) -> Ended:
+        """Run `craftune` with these arguments in folder `where`.
+
+        Args:
+            during: is called with the process's number once it runs.
+            kill_at: (folder, n): SIGKILL right before the n-th change of a file in that folder.
+        """
+        job = {"arguments": arguments, "where": str(where), "kill_at": kill_at}
+        self.pipe_in.write(json.dumps(job) + "\n")
+        self.pipe_in.flush()
+        during(int(self.pipe_out.readline()))
+        status = int(self.pipe_out.readline())
+        return Ended(status, (where / "stderr").read_text())
+
+
+@contextmanager
+def forks() -> Iterator[Forks]:
+    """Start, and in the end stop, the process to fork from."""
+    process = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin
+    assert process.stdout
+    with process:
+        yield Forks(process.stdin, process.stdout)
+        process.stdin.close()
+
+
+def _serve() -> None:
+    import diffusers
+    import peft  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers
+
+    import craftune.commands
+    import craftune.models.sd  # noqa: F401
+
+    assert diffusers.StableDiffusionPipeline
+    assert transformers.CLIPTextModel
+    assert transformers.CLIPTokenizer
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _child(**json.loads(line))
+        print(pid, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(status, flush=True)
+
+
+def _child(arguments: list[str], where: str, kill_at: tuple[str, int] | None) -> None:
+    from craftune.cli import main
+
+    os.chdir(where)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if kill_at:
+        sys.addaudithook(_killer(*kill_at))
+    status = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def _killer(folder: str, n: int) -> Callable[[str, tuple[Any, ...]], None]:
+    """Kills its own process right before the n-th change under the folder."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in CHANGES or not str(arguments[0]).startswith(folder):
+            return
+        reading = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        seen += not reading
+        if seen == n and not reading:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+if __name__ == "__main__":
+    _serve()
