@@ -105,6 +105,7 @@ def test_both_colour_schemes_follow_the_system_and_the_button(opened: sync_api.P
     opened.reload()
     assert background(opened) == light
     button.click()
+    opened.emulate_media(color_scheme="light")
     assert background(opened) == dark
 
 

@@ -161,10 +161,10 @@ def test_the_composite_by_hand() -> None:
 
 def test_diversity_is_the_mean_distance_over_pairs() -> None:
     black, white = np.zeros(12), np.ones(12)
-    pixels = np.stack([black, white, black, black, white, white])
+    pixels = np.stack([black, white, black, black, white, black])
     prompt = np.array([1, 0, 1, 0, 0, 1])
-    # Prompt 0: white, black, white -> (1 + 0 + 1) / 3; prompt 1: black, black, white -> the same.
-    np.testing.assert_allclose(statistics.diversity(pixels, prompt), [2 / 3, 2 / 3])
+    # Prompt 0: white, black, white -> (1 + 0 + 1) / 3; prompt 1: three times black.
+    np.testing.assert_allclose(statistics.diversity(pixels, prompt), [2 / 3, 0])
     same = statistics.diversity(np.stack([white, white]), np.array([0, 0]))
     assert same.tolist() == [0.0]
 

@@ -142,7 +142,7 @@ def _line(entry: Mapping[str, Any], before: float, after: float) -> Line:
     known = bool(np.isfinite([before, after]).all())
     better = int(np.sign(after - before)) if known else 0
     texts = [_level(entry, value) for value in (before, after)]
-    change = wording.change(after - before, entry)
+    change = wording.signed(after - before, wording.fine(entry))
     if entry["kind"] == "share" and known:
         change = {1: "gained", 0: "same", -1: "lost"}[better]
     told = entry["role"] != "training"
@@ -151,7 +151,7 @@ def _line(entry: Mapping[str, Any], before: float, after: float) -> Line:
 
 def _level(entry: Mapping[str, Any], value: float) -> str:
     passed = {0.0: "fail", 1.0: "pass"} if entry["kind"] == "share" else {}
-    return passed.get(value) or wording.level(value, entry)
+    return passed.get(value) or wording.number(value, wording.fine(entry))
 
 
 def selected_rows(run: Run, count: int) -> list[int]:

@@ -50,6 +50,7 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
         "interval": wording.interval,
         "label": wording.label,
         "duration": wording.duration,
+        "breakable": wording.breakable,
         "words": lambda name: name.replace("_", " "),
     }
     script = (HERE / "script.html").read_text(encoding="utf-8")

@@ -1,8 +1,11 @@
 """Numbers and findings in words. Honest ones: an interval that holds zero is no clear change."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
+
+from markupsafe import Markup
 
 Number: TypeAlias = int | float
 MINUS, NARROW, ARROW = "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}", "\N{RIGHTWARDS ARROW}"
@@ -48,6 +51,19 @@ def decimals(entry: Mapping[str, Any]) -> int:
     width = 0.0 if difference["low"] is None else difference["high"] - difference["low"]
     size = width or abs(entry["base"]) / 10 or 1.0
     return min(6, max(0, 1 - math.floor(math.log10(size))))
+
+
+def fine(entry: Mapping[str, Any]) -> int:
+    """Digits after the point for single images: three figures of the range they spread over."""
+    at = entry["quantiles"]
+    ends = [*at["base"], *at["tuned"]]
+    return min(6, max(0, 2 - math.floor(math.log10(max(ends) - min(ends) or 1.0))))
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be long, such as package.module:function, with places to wrap at."""
+    parts = re.findall(r"[^-_.:/]{1,14}[-_.:/]*|[-_.:/]+", name)
+    return Markup("<wbr>").join(parts)
 
 
 def level(value: Number | None, entry: Mapping[str, Any]) -> str:
