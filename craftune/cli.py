@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # prompts hold what not every terminal can show
     with _stoppable() as received:
         try:
             return _run(options)

@@ -32,8 +32,10 @@ def run(options: argparse.Namespace) -> int:
     if options.stage not in (None, "report"):
         print(stage_folder(folder, options.stage))
         return 0
-    model = stage_folder(folder, "train") / "model"
-    print(f"report: {stage_folder(folder, 'report') / 'report.html'}")
+    model, report = stage_folder(folder, "train") / "model", stage_folder(folder, "report")
+    found = read_json(report / "report.json")
+    print(found["conclusion"], *(f"  {line}" for line in found["headline"]), "", sep="\n")
+    print(f"report: {report / 'report.html'}")
     print(f"model:  {model}")
     print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{model}")')
     return 0

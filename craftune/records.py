@@ -212,4 +212,5 @@ def read_table(paths: Path | Iterable[Path], columns: list[str] | None = None) -
             ) from None
     if not tables:
         raise UserError("there are no Parquet files to read; run the earlier stages first")
-    return pa.concat_tables(tables, promote_options="permissive")
+    # Shards may have met their dictionaries' values in different orders.
+    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
