@@ -104,7 +104,7 @@ def _gradients(
     for start in range(0, size, part):
         rows = slice(start, min(start + part, size))
         share = (rows.stop - rows.start) / size
-        # Without its cache: weights cast under no_grad would be reused where a gradient is wanted.
+        # Without its cache: older torch reuses weights cast under no_grad where a gradient is due.
         with torch.autocast(
             device.type,
             torch.bfloat16,

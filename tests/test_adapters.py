@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from toy import flat_grad, kept_checkpoint, load_sd
 
@@ -64,6 +65,14 @@ def test_only_adapters_are_trainable_on_the_family_s_targets() -> None:
     assert not any("lora_" in name for name in frozen)
     for target in load_sd(kept_checkpoint()).lora_targets:
         assert any(f".{target}.lora_A" in name for name in trainable)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(0, 1.0), (4, 2.0), (1, 0.5)])
+def test_adapters_count_alpha_over_rank(alpha: int, scale: float) -> None:
+    network = adapted(lora=LoraConfig(rank=2, alpha=alpha), start=True).denoiser.network
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    assert layers
+    assert all(layer.scaling == {"default": scale} for layer in layers)
 
 
 def test_training_changes_the_adapters_alone(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_no_gradient_is_left_from_the_step_before(tmp_path: Path) -> None:
 def test_bfloat16_keeps_the_gradient_of_a_method_that_first_looks_without_one(
     tmp_path: Path,
 ) -> None:
-    """autocast's cache would hand the weights cast under no_grad to the pass with gradients."""
+    """In older torch, autocast's cache hands on the weights cast under no_grad."""
     method = SFT()
 
     class LooksFirst:
