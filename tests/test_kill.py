@@ -88,7 +88,7 @@ class Killer:
 
 def harass(job: Tiny, processes: Forks, rng: random.Random, kills: int) -> dict[str, int]:
     """Kill the run in each stage, at file changes and at moments; returns hits per stage."""
-    hits = dict.fromkeys(STAGES, 0)
+    hits: dict[str, int] = dict.fromkeys(STAGES, 0)
     for stage in STAGES:
         for attempt in range(kills):
             done = (job.stage(stage) / "done.json").exists()

@@ -1,7 +1,7 @@
 """Stage score: one finite number per candidate and reward, against the original prompt."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def reward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Put a reward into the table for one test."""
 
     def install(function: Score, name: str = "mine", version: str = "1") -> str:
@@ -57,7 +57,7 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         rewards.load.cache_clear()
         return name
 
-    yield install  # type: ignore[misc]
+    yield install
     rewards.load.cache_clear()
 
 
