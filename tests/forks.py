@@ -52,11 +52,23 @@ class Forks:
         return Ended(status, (where / "stderr").read_text())
 
 
+def this_package() -> dict[str, str]:
+    """The environment in which a new process imports the very package that is tested here."""
+    import craftune
+
+    assert craftune.__file__
+    return {**os.environ, "PYTHONPATH": str(Path(craftune.__file__).parents[1])}
+
+
 @contextmanager
 def forks() -> Iterator[Forks]:
     """Start, and in the end stop, the process to fork from."""
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=this_package(),
     )
     assert process.stdin
     assert process.stdout

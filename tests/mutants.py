@@ -102,7 +102,7 @@ def _run(copy: Path, tests: str, log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         files = [f"tests/{test}" for test in tests.split()]
-        flags = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--no-header"]
+        flags = ["-x", "-q", "-m", "not slow", "--tb=line", "-p", "no:cacheprovider", "--no-header"]
         flags += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # imported by the parent
         flags += ["-o", "addopts="]  # without shape checks: faster, and the tests are on their own
         code = pytest.main([*flags, *files])

@@ -11,13 +11,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from forks import this_package
 from tiny import STAGES, Tiny, call, tiny
 
 from craftune import cli, pipeline, progress
 from craftune.errors import UserError
+from craftune.images import decode
 from craftune.records import read_table
 from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
@@ -83,13 +86,17 @@ def test_python_m_and_a_pipe_that_closes(done: Tiny) -> None:
     """`python -m craftune list settings | head -1` ends quietly."""
     command = f"{sys.executable} -m craftune list settings | head -1"
     answer = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=done.folder
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=done.folder,
+        env=this_package(),
     )
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "[run]\n", "")
 
 
 def test_text_that_the_terminal_cannot_show_stops_nothing(done: Tiny) -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    environment = this_package() | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "craftune", "run", str(done.recipe)]
     answer = subprocess.run(command, cwd=done.folder, env=environment, capture_output=True)
     assert answer.returncode == 0, answer.stderr
@@ -158,6 +165,22 @@ def test_a_second_run_skips_everything_at_once(done: Tiny) -> None:
     assert answer.status == 0
     assert answer.err.count("  already  ") == len(STAGES)
     assert answer.out == (done.folder / "stdout").read_text()
+
+
+def test_tuned_images_come_from_the_tuned_weights(done: Tiny) -> None:
+    """A learning rate that breaks the model shows in the tuned images, and in no other."""
+    broken = ["--set", "train.learning_rate=0.1", "--set", "train.max_grad_norm=1e9"]
+    other = ["--set", "run.name=broken", "--set", "report.grid=1", *broken]
+    answer = call(["run", done.recipe, *other], done.folder)
+    assert answer.status == 0, answer.err
+    drawn = {}
+    for run in (done.run, done.run.with_name("broken")):
+        for arm in ("base", "tuned"):
+            table = read_table((run / "7-evaluate").glob(f"images-{arm}-*.parquet"), ["image"])
+            pixels = [np.asarray(decode(i["bytes"]), float) for i in table["image"].to_pylist()]
+            drawn[run.name, arm] = np.stack(pixels)
+    assert np.array_equal(drawn["tiny", "base"], drawn["broken", "base"])
+    assert np.abs(drawn["broken", "tuned"] - drawn["tiny", "tuned"]).mean() > 5
 
 
 @pytest.mark.parametrize("stage", STAGES)

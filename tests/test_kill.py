@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forks import Ended, Forks, forks
+from forks import Ended, Forks, forks, this_package
 from tiny import STAGES, Tiny, files, results, tiny
 
 MODULE = "rewards_kill"
@@ -31,7 +31,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A run that nothing disturbed, by the real command line."""
     job = tiny(tmp_path_factory.mktemp("whole"), MODULE)
     command = [sys.executable, "-m", "craftune", "run", str(job.recipe)]
-    subprocess.run(command, cwd=job.folder, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        command, cwd=job.folder, env=this_package(), check=True, capture_output=True, timeout=300
+    )
     return job
 
 

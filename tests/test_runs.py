@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from craftune import runs
 from craftune.errors import UserError
-from craftune.records import sha256
+from craftune.records import sha256, write_json
 from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
 
 
@@ -127,18 +128,24 @@ def test_a_stage_that_left_nothing_may_change(run_folder: Path) -> None:
     assert execute(run_folder, prompts(made_from={"prompts": {"limit": 4}}))
 
 
-def test_marks_stand_at_every_moment(run_folder: Path) -> None:
+def test_marks_stand_at_every_moment(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files without a mark could be taken for those of other settings."""
-    folder = stage_folder(run_folder, "prompts")
+    folder, standing = stage_folder(run_folder, "prompts"), []
 
-    def work(_: Path) -> Mapping[str, int]:
-        assert (folder / "begun.json").exists()
-        assert not (folder / "done.json").exists()
-        return writes()(folder)
+    def watched(path: Path, value: Any) -> None:
+        standing.append((path.name, sorted(p.name for p in folder.glob("*.json"))))
+        write_json(path, value)
 
-    execute(run_folder, prompts(work))
+    monkeypatch.setattr(runs, "write_json", watched)
+    execute(run_folder, prompts())
     (folder / "out.txt").unlink()
-    assert execute(run_folder, prompts(work))
+    execute(run_folder, prompts())
+    assert standing == [
+        ("begun.json", []),
+        ("done.json", ["begun.json"]),
+        ("begun.json", ["done.json"]),
+        ("done.json", ["begun.json"]),
+    ]
 
 
 def test_by_products_are_no_outputs(run_folder: Path) -> None:

@@ -40,7 +40,7 @@ def pictures(n: int = 5, size: tuple[int, int] = (64, 64), seed: int = 0) -> lis
     made = []
     for _ in range(n):
         picture = Image.new("RGB", (64, 64), (int(rng.integers(90, 200)),) * 3)
-        x, y, r = rng.integers(18, 46), rng.integers(18, 46), rng.integers(8, 16)
+        x, y, r = (int(rng.integers(*bounds)) for bounds in ((18, 46), (18, 46), (8, 16)))
         color = tuple(int(c) for c in rng.permutation([230, int(rng.integers(0, 120)), 20]))
         ImageDraw.Draw(picture).ellipse((x - r, y - r, x + r, y + r), fill=color)
         made.append(picture.filter(ImageFilter.GaussianBlur(1)).resize(size))
