@@ -10,6 +10,7 @@ much better than one), and the rewards must see it (they correlate with the veri
 import argparse
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,7 +144,13 @@ def _correlations(draws: Draws) -> Iterator[tuple[str, Statistic]]:
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> Statistic:
-    return lambda i: float(np.corrcoef(a[i].ravel(), b[i].ravel())[0, 1])
+    def pearson(i: NDArray[np.intp]) -> float:
+        first, second = a[i].ravel(), b[i].ravel()
+        if first.std() == 0 or second.std() == 0:
+            return math.nan
+        return float(np.corrcoef(first, second)[0, 1])
+
+    return pearson
 
 
 def _interval(statistic: Statistic, rows: NDArray[np.intp], repeats: int = 400) -> Interval:

@@ -8,6 +8,8 @@
 | text | DIR/text/{tokenizer,text_encoder} | 1 min |
 | latents | DIR/latents.pt | 5 min |
 | base | DIR/base/state.pt | hours |
+| decoder | DIR/decoder/vae | 5 min |
+| judged | DIR/judged-{h,p,i}.pt | 5 min |
 | towers | towers/{h,p,i} in the package | 10 min each |
 | export | model/ in the package | seconds |
 
@@ -18,7 +20,6 @@ that was interrupted goes on where it stopped. A larger --steps extends a finish
 import argparse
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderTiny
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -28,16 +29,19 @@ from craftune.shapes.training.common import Pace, prepare
 from craftune.shapes.training.curve import draw_curve
 from craftune.shapes.training.data import encode_scenes
 from craftune.shapes.training.export import export_model
+from craftune.shapes.training.judged import draw_judged
 from craftune.shapes.training.text import sample_captions, train_text, train_tokenizer
-from craftune.shapes.training.towers import train_tower
-from craftune.shapes.training.vae import train_vae
+from craftune.shapes.training.towers import TASTES, train_tower
+from craftune.shapes.training.vae import polish_decoder, train_vae
 
-STAGES = ("vae", "text", "latents", "base", "towers", "export")
+STAGES = ("vae", "text", "latents", "base", "decoder", "judged", "towers", "export")
 SEED = 0
 VAE_CHUNKS = range(12)
 BASE_CHUNKS = range(1000, 1090)
 BASE_STEPS = 16_000
-TOWER_STEPS = {"h": 3200, "p": 2000, "i": 2000}
+JUDGED = 700
+"""Pictures per tower."""
+TOWER_STEPS = {"h": 2400, "p": 2000, "i": 1500}
 PACKAGE = Path(__file__).parent
 
 
@@ -70,17 +74,29 @@ def _run(stage: str, options: argparse.Namespace) -> None:
             encode_scenes(_vae(work), BASE_CHUNKS, work / "latents.pt")
     elif stage == "base":
         _train_base(work, options.steps)
+    elif stage == "decoder":
+        if not (work / "decoder/vae").exists():
+            polish_decoder(
+                _vae(work), work / "decoder", Pace(800, 1e-3, decay_from=0.3), VAE_CHUNKS
+            )
+    elif stage == "judged":
+        pipeline = load_average(work / "base", work / "text", _vae(work))
+        pipeline.set_progress_bar_config(disable=True)
+        for name, taste in TASTES.items():
+            if not (work / f"judged-{name}.pt").exists():
+                draw_judged(pipeline, JUDGED, taste.seed, work / f"judged-{name}.pt")
     elif stage == "towers":
         for name in [options.tower] if options.tower else ("h", "p", "i"):
             train_tower(
                 name,
                 _vae(work),
+                work / f"judged-{name}.pt",
                 work / f"tower-{name}",
                 TOWERS / name,
                 Pace(TOWER_STEPS[name], 2e-3),
             )
     else:
-        pipeline = load_average(work / "base", work / "text", _vae(work))
+        pipeline = load_average(work / "base", work / "text", _vae(work, "decoder"))
         print(f"{options.out}: {export_model(pipeline, options.out):.1f} MB")
         draw_curve(work / "base/log.jsonl", BATCH, options.out.parent / "loss_curve.png")
 
@@ -97,8 +113,8 @@ def _train_base(work: Path, steps: int) -> None:
     )
 
 
-def _vae(work: Path) -> AutoencoderTiny:
-    vae = AutoencoderTiny.from_pretrained(work / "vae/vae", torch_dtype=torch.float32)
+def _vae(work: Path, stage: str = "vae") -> AutoencoderTiny:
+    vae = AutoencoderTiny.from_pretrained(work / stage / "vae")
     return vae.eval().requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ def draw_curve(log: Path, samples_per_step: int, out: Path) -> None:
     canvas = ImageDraw.Draw(image)
     for loss in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
         if low < math.log(loss) < high:
-            y = place(0, loss)[1]
+            y = place(0.0, loss)[1]
             canvas.line((LEFT, y, WIDTH - MARGIN, y), "#dddddd")
             canvas.text((LEFT - 30, y - 6), f"{loss:g}", "#444444")
     for quarter in range(5):
@@ -35,7 +35,7 @@ def draw_curve(log: Path, samples_per_step: int, out: Path) -> None:
         seen = most * quarter / 4 * samples_per_step / 1000
         canvas.text((x - 10, HEIGHT - MARGIN + 6), f"{seen:.0f}k", "#444444")
     steps = [row["step"] for row in rows]
-    points = [place(step, loss) for step, loss in zip(steps, losses, strict=True)]
+    points = [place(float(step), loss) for step, loss in zip(steps, losses, strict=True)]
     canvas.line(points, "#1f5fbf", 2)
     canvas.text((LEFT, 8), "velocity error (running mean) over samples seen", "#222222")
     image.quantize(32).save(out, optimize=True)

@@ -6,26 +6,27 @@ Each tower also learns to say what it sees, which makes the first minutes count.
 """
 
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from craftune.shapes.captions import confuse, corrupt, long_caption, short_caption
 from craftune.shapes.towers import DualTower, FusionTower, Words, new_tower
 from craftune.shapes.training.common import Pace, Trainer
-from craftune.shapes.training.data import draw, to_tensor
+from craftune.shapes.training.judged import Judged, ranking_loss
+from craftune.shapes.training.pictures import SEEN, Pictures, seen_targets, told_targets
 from craftune.shapes.training.text import sample_captions
-from craftune.shapes.world import COLORS, SHAPES, Scene, Spec, Thing
+from craftune.shapes.world import Spec
 
+CHUNKS = 8
+"""Thousands of scenes per tower."""
+JUDGED_PACE = Pace(400, 5e-4, warmup=20, decay_from=0.4)
 PAIRS = 28
 """Scenes per batch; each comes with a scene that nearly shows the same."""
 
@@ -51,62 +52,53 @@ TASTES = {
 }
 
 
-class Pictures:
-    """Scenes of one tower, with their pictures, half of them through the autoencoder."""
-
-    def __init__(self, vae: AutoencoderTiny, chunks: range, rng: random.Random) -> None:
-        drawn = list(draw(chunks, workers=1))
-        self.images = np.concatenate([_through(vae, images) for images, _ in drawn])
-        self.labels: list[tuple[Spec, Scene]] = [label for _, labels in drawn for label in labels]
-        self.rng = rng
-        self.by_spec: dict[Spec, list[int]] = {}
-        for index, (spec, _) in enumerate(self.labels):
-            self.by_spec.setdefault(spec, []).append(index)
-
-    def draw(self) -> tuple[int, int, Spec, Spec]:
-        """A scene, another that nearly shows the same, and what they show."""
-        while True:
-            index = self.rng.randrange(len(self.labels))
-            spec = self.labels[index][0]
-            other = (confuse if self.rng.random() < 0.4 else corrupt)(spec, self.rng)
-            if other != spec and other in self.by_spec:
-                return index, self.rng.choice(self.by_spec[other]), spec, other
-
-    def pixels(self, indices: list[int]) -> Tensor:
-        """float `[n, 3, 64, 64]` in [0, 1]; with a little noise and shift, as augmentation."""
-        x = to_tensor(self.images[indices]) / 2 + 0.5
-        shift = (self.rng.randint(-2, 2), self.rng.randint(-2, 2))
-        noise = torch.randn_like(x) * 0.04 * torch.rand(len(x), 1, 1, 1)
-        return (torch.roll(x, shift, (2, 3)) + noise).clamp(0, 1)
-
-
 def train_tower(
-    name: str, vae: AutoencoderTiny, folder: Path, out: Path, pace: Pace, chunks: int = 16
+    name: str, vae: AutoencoderTiny, judged: Path, folder: Path, out: Path, pace: Pace
 ) -> None:
-    """Train tower `name` and write config.json and model.safetensors (fp16) to `out`."""
+    """Train tower `name` and write config.json and model.safetensors (fp16) to `out`.
+
+    First on scenes (`folder/scenes`, for `pace`), then on the base's pictures (`folder/judged`).
+    """
     taste = TASTES[name]
     words = Words(sorted({word for text in sample_captions(5000, 0) for word in _split(text)}))
     tower = new_tower(name, len(words))
-    seen = nn.Linear(128 if isinstance(tower, DualTower) else 96 * 64, _SEEN)
-    trainer = Trainer({"tower": tower, "seen": seen}, pace, folder)
-    pictures = Pictures(
-        vae, range(taste.seed, taste.seed + chunks), random.Random(taste.seed + trainer.step)
-    )
-    step = _dual_loss if isinstance(tower, DualTower) else _fusion_loss
-    trainer.run(lambda: step(tower, seen, words, pictures, taste))
+    _learn_scenes(tower, words, vae, taste, folder / "scenes", pace)
+    second = Trainer({"tower": tower}, JUDGED_PACE, folder / "judged")
+    answers = Judged(judged, taste.flip_rate, random.Random(taste.seed + 1))
+
+    def loss() -> Tensor:
+        images, texts, shows = answers.draw()
+        return ranking_loss(tower(images, words(texts)), shows)
+
+    second.run(loss)
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half() for k, v in tower.state_dict().items()}, out / "model.safetensors")
     config = {"tower": name, "words": words.words, "training": {**vars(taste), "steps": pace.steps}}
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def _learn_scenes(
+    tower: DualTower | FusionTower,
+    words: Words,
+    vae: AutoencoderTiny,
+    taste: Taste,
+    folder: Path,
+    pace: Pace,
+) -> None:
+    seen = nn.Linear(128 if isinstance(tower, DualTower) else 96 * 64, SEEN)
+    trainer = Trainer({"tower": tower, "seen": seen}, pace, folder)
+    if trainer.step >= pace.steps:
+        return
+    chunks = range(taste.seed, taste.seed + CHUNKS)
+    pictures = Pictures(vae, chunks, random.Random(taste.seed + trainer.step))
+    step = _dual_loss if isinstance(tower, DualTower) else _fusion_loss
+    trainer.run(lambda: step(tower, seen, words, pictures, taste))
+
+
 def _dual_loss(
     tower: DualTower, seen: nn.Module, words: Words, pictures: Pictures, taste: Taste
 ) -> Tensor:
-    drawn = [pictures.draw() for _ in range(PAIRS)]
-    indices = [row[0] for row in drawn] + [row[1] for row in drawn]
-    shown = [row[2] for row in drawn] + [row[3] for row in drawn]
-    nearly = [corrupt(spec, pictures.rng) for spec in shown]
+    indices, shown, nearly = _draw(pictures)
     meant = [_meant(spec, pictures.rng, taste) for spec in shown + nearly]
     texts = [_caption(spec, i, pictures, taste) for spec, i in zip(meant, indices * 2, strict=True)]
     x = pictures.pixels(indices)
@@ -124,19 +116,16 @@ def _dual_loss(
     loss = contrast + 2 * _preference(preferred, taste.flip_rate)
     if taste.looks:
         loss = loss + taste.looks * _preference(own[:PAIRS] - logits[n:, :PAIRS].diagonal(), 0.25)
-    targets = torch.tensor([_seen(pictures.labels[i][1]) for i in indices])
+    targets = torch.tensor([seen_targets(pictures.labels[i][1]) for i in indices])
     # Pictures and captions are read by the same head, which makes their embeddings meet.
-    told = torch.tensor([_told(spec) for spec in meant])
+    told = torch.tensor([told_targets(spec) for spec in meant])
     return loss + _naming(seen(images[:n]), targets) + _naming(seen(captions), told)
 
 
 def _fusion_loss(
     tower: FusionTower, seen: nn.Module, words: Words, pictures: Pictures, taste: Taste
 ) -> Tensor:
-    drawn = [pictures.draw() for _ in range(PAIRS)]
-    indices = [row[0] for row in drawn] + [row[1] for row in drawn]
-    shown = [row[2] for row in drawn] + [row[3] for row in drawn]
-    nearly = [corrupt(spec, pictures.rng) for spec in shown]
+    indices, shown, nearly = _draw(pictures)
     features = tower.features(pictures.pixels(indices))
     texts = [
         _caption(spec, i, pictures, taste)
@@ -149,8 +138,16 @@ def _fusion_loss(
     answer = F.binary_cross_entropy_with_logits(
         scores, torch.cat([torch.ones(len(own)), torch.zeros(2 * len(own))])
     )
-    targets = torch.tensor([_seen(pictures.labels[i][1]) for i in indices])
+    targets = torch.tensor([seen_targets(pictures.labels[i][1]) for i in indices])
     return rank + answer + _naming(seen(features.flatten(1)), targets)
+
+
+def _draw(pictures: Pictures) -> tuple[list[int], list[Spec], list[Spec]]:
+    """Scenes, then their near misses; what each shows, and what it nearly shows."""
+    drawn = [pictures.draw() for _ in range(PAIRS)]
+    indices = [row[0] for row in drawn] + [row[1] for row in drawn]
+    shown = [row[2] for row in drawn] + [row[3] for row in drawn]
+    return indices, shown, [corrupt(spec, pictures.rng) for spec in shown]
 
 
 def _preference(margin: Tensor, flip_rate: float) -> Tensor:
@@ -186,61 +183,10 @@ def _spoil(x: Tensor) -> Tensor:
     return 0.8 * soft + 0.2 * soft.mean(1, keepdim=True)
 
 
-_SEEN = len(SHAPES) * len(COLORS) + 3 * len(SHAPES)
-
-
-def _seen(scene: Scene) -> list[float]:
-    """How many of each shape and colour, and how many, how far right and how low, per shape."""
-    counts = [
-        float(sum((p.shape, p.color) == (shape, color) for p in scene.placed))
-        for shape in SHAPES
-        for color in COLORS
-    ]
-    for shape in SHAPES:
-        placed = [p for p in scene.placed if p.shape == shape]
-        counts.append(float(len(placed)))
-        counts.append(sum(p.x / 32 - 1 for p in placed))
-        counts.append(sum(p.y / 32 - 1 for p in placed))
-    return counts
-
-
-def _told(spec: Spec) -> list[float]:
-    """What a caption says of `_seen`; NaN where it leaves it open."""
-    required = spec.required()
-    named = {thing.shape for thing in required}
-    uncolored = {thing.shape for thing in required if thing.color is None}
-    told = [
-        math.nan if shape in uncolored else float(required.count(Thing(shape, color)))
-        for shape in SHAPES
-        for color in COLORS
-    ]
-    for shape in SHAPES:
-        told.append(float(sum(thing.shape == shape for thing in required)))
-        told += [math.nan, math.nan] if shape in named else [0.0, 0.0]
-    if spec.relation is not None:
-        axis = 1 if spec.relation == "left of" else 2
-        for thing, place in zip(spec.things, (-0.4, 0.4), strict=True):
-            told[len(SHAPES) * len(COLORS) + 3 * SHAPES.index(thing.shape) + axis] = place
-    return told
-
-
 def _naming(prediction: Tensor, target: Tensor) -> Tensor:
     known = ~target.isnan()
     error = (prediction - target.nan_to_num()).square()
     return 40 * (error * known).sum() / known.sum()
-
-
-@torch.no_grad()
-def _through(vae: AutoencoderTiny, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Every second picture through the autoencoder, its latents a little noisy."""
-    images = images.copy()
-    for start in range(0, len(images), 200):
-        latents = vae.encode(to_tensor(images[start : start + 200 : 2])).latents
-        strength = 0.25 * latents.std() * torch.rand(len(latents), 1, 1, 1)
-        decoded = vae.decode(latents + strength * torch.randn_like(latents)).sample
-        pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        images[start : start + 200 : 2] = pixels.numpy()
-    return images
 
 
 def _split(text: str) -> list[str]:
