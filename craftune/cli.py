@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # prompts hold what not every terminal can show
     with _stoppable() as received:
         try:
-            return _run(options)
+            status = _run(options)
+            sys.stdout.flush()
+            return status
         except KeyboardInterrupt:
             again = "the same command without --redo" if options.redo else "the same command again"
             print(f"craftune: stopped; finished work is kept, run {again}", file=sys.stderr)

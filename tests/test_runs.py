@@ -177,9 +177,11 @@ def test_inputs_are_checked_against_their_record(run_folder: Path, damage: str, 
 def test_redo_throws_away_this_stage_and_the_later_ones(run_folder: Path) -> None:
     execute(run_folder, prompts())
     execute(run_folder, refine())
+    execute(run_folder, Stage("generate", ("prompts", "refine"), {}, writes()))
     redo(run_folder, "refine")
     assert done(run_folder, "prompts")
     assert not stage_folder(run_folder, "refine").exists()
+    assert not stage_folder(run_folder, "generate").exists()
     redo(run_folder, "prompts")
     assert list(run_folder.iterdir()) == []
 

@@ -127,7 +127,7 @@ def test_at_most_half_is_held_out(tmp_path: Path) -> None:
     ],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, write: Any) -> None:
-    rows = [('a "big", cat', "animal"), ("zwölf 🐈", "x"), ("it's", "")]
+    rows = [('a "big", cat', "animal"), ("zwölf 🐈", "x"), ("it's", ""), ('"an open quote', "y")]
     write(tmp_path / name, rows)
     found = read_prompts(tmp_path / name, "prompt", "category")
     assert [row.prompt for row in found] == [text for text, _ in rows]

@@ -91,7 +91,8 @@ def test_every_candidate_has_a_verdict_and_a_reason(tmp_path: Path) -> None:
     pool, scored = write_run(tmp_path)
     _, table = run(tmp_path, pool, scored)
     for row in table.to_pylist():
-        assert row["reason"]
+        assert row["reason"].startswith("selected: ") == row["selected"]
+        assert ("it is the baseline" in row["reason"]) == (row["variant"] == 0)
         assert row["selected"] == (row["status"] == "selected")
         assert row["eligible"] == (row["rank"] > 0)
         if row["variant"] == 0:
