@@ -32,7 +32,7 @@ from craftune.shapes.verifier import detect, verify
 from craftune.shapes.world import CATEGORIES
 
 NUM_STEPS = 12
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 2.5
 BATCH = 50
 REWARDS = (shapes_h, shapes_p, shapes_i, shapes_a)
 

@@ -39,7 +39,7 @@ SEED = 0
 VAE_CHUNKS = range(12)
 BASE_CHUNKS = range(1000, 1090)
 BASE_STEPS = 16_000
-JUDGED = 700
+JUDGED = 1500
 """Pictures per tower."""
 TOWER_STEPS = {"h": 2400, "p": 2000, "i": 1500}
 PACKAGE = Path(__file__).parent
@@ -77,7 +77,7 @@ def _run(stage: str, options: argparse.Namespace) -> None:
     elif stage == "decoder":
         if not (work / "decoder/vae").exists():
             polish_decoder(
-                _vae(work), work / "decoder", Pace(800, 1e-3, decay_from=0.3), VAE_CHUNKS
+                _vae(work), work / "decoder", Pace(620, 1e-3, decay_from=0.3), VAE_CHUNKS
             )
     elif stage == "judged":
         pipeline = load_average(work / "base", work / "text", _vae(work))
