@@ -26,7 +26,7 @@ from craftune.shapes.world import Spec
 
 CHUNKS = 8
 """Thousands of scenes per tower."""
-JUDGED_PACE = Pace(800, 7e-4, warmup=20, decay_from=0.4)
+JUDGED_PACE = Pace(500, 7e-4, warmup=20, decay_from=0.4)
 PAIRS = 28
 """Scenes per batch; each comes with a scene that nearly shows the same."""
 
