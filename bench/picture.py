@@ -60,7 +60,9 @@ def compose(pairs: list[tuple[dict, dict]]) -> Image.Image:
     sheet = Image.new("RGB", (width, 2 * (TILE + GAP) + GAP + LABEL), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for y, name in ((GAP, "base"), (2 * GAP + TILE, "tuned")):
-        draw.text((GAP, y + TILE // 2 - 8), name, fill="black", font=ImageFont.load_default(size=16))
+        draw.text(
+            (GAP, y + TILE // 2 - 8), name, fill="black", font=ImageFont.load_default(size=16)
+        )
     for i, pair in enumerate(pairs):
         x = 70 + i * (TILE + GAP)
         for row, y in zip(pair, (GAP, 2 * GAP + TILE), strict=True):
@@ -70,7 +72,9 @@ def compose(pairs: list[tuple[dict, dict]]) -> Image.Image:
         for word in words:
             grown = f"{lines[-1]} {word}".strip()
             lines = [*lines[:-1], grown] if draw.textlength(grown, font) < TILE else [*lines, word]
-        draw.multiline_text((x, 2 * (TILE + GAP) + 2), "\n".join(lines[:2]), fill="black", font=font)
+        draw.multiline_text(
+            (x, 2 * (TILE + GAP) + 2), "\n".join(lines[:2]), fill="black", font=font
+        )
     return sheet
 
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -419,8 +420,11 @@ def test_a_reward_that_fails(fresh: Tiny, finished: Tiny, body: str, words: list
         assert word in complaint
     pool = files(fresh.stage("generate"))
     fresh.rewards.write_text(right)
-    goes_on(fresh, finished)
+    answer = call(["score", fresh.recipe], fresh.folder)
+    assert answer.status == 0, answer.err
     assert files(fresh.stage("generate")) == pool
+    scores = [read_table(sorted(job.stage("score").glob("*.parquet"))) for job in (fresh, finished)]
+    assert scores[0].equals(scores[1])
 
 
 @pytest.mark.parametrize(
@@ -520,6 +524,7 @@ def test_a_full_disk(fresh: Tiny, finished: Tiny, disk: Disk) -> None:
     disk.mount("remount,size=8m")
     run, ballast, stopped = disk.folder / "tiny", disk.folder / "ballast", []
     # Once with checkpoints, which torch writes, and once without: then safetensors fails first.
+    command: list[Any] = ["run", fresh.recipe]
     for first, save_every in (("prompts", 1), ("train", 9)):
         for name in STAGES[STAGES.index(first) :]:
             shutil.rmtree(stage_folder(run, name), ignore_errors=True)

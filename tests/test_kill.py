@@ -155,6 +155,22 @@ def test_a_kill_before_every_single_file_change(
 
 
 @pytest.mark.timeout(400)
+def test_a_killed_training_goes_on_from_its_checkpoint(
+    tmp_path: Path, whole: Tiny, processes: Forks
+) -> None:
+    """Killed where its second checkpoint would begin, and where the model would be written."""
+    job = tiny(tmp_path, MODULE)
+    command = ["run", str(job.recipe)]
+    for name, change in (("checkpoint-2", 1), ("model", 4)):
+        place = (str(job.stage("train") / name), change)
+        assert processes.run(command, job.folder, kill_at=place).status == -signal.SIGKILL
+    ended = processes.run(command, job.folder)
+    assert ended.status == 0, ended.err
+    assert "going on from checkpoint-2" in ended.err
+    assert_same(job.run, whole.run)
+
+
+@pytest.mark.timeout(400)
 def test_a_redo_that_is_killed_loses_no_consistency(
     tmp_path: Path, whole: Tiny, processes: Forks
 ) -> None:

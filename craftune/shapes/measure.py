@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,12 +76,13 @@ def generate(sampler: Sampler, prompts: Sequence[str], first_seed: int) -> list[
     for start in range(0, len(prompts), BATCH):
         texts = prompts[start : start + BATCH]
         seeds = range(first_seed + start, first_seed + start + len(texts))
-        images += sampler.pipeline(
+        drawn: Any = sampler.pipeline(
             list(texts),
             num_inference_steps=sampler.num_steps,
             guidance_scale=sampler.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+        )
+        images += drawn.images
     return images
 
 

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +141,7 @@ def _hues(
 
 def _regions(colored: NDArray[np.bool_], nearest: NDArray[np.intp]) -> Iterator[NDArray[np.bool_]]:
     """Connected coloured regions; those of several colours are taken apart by colour."""
-    labels, count = ndimage.label(colored)
+    labels, count = _parts(colored)
     for index in range(1, count + 1):
         region = labels == index
         shares = np.bincount(nearest[region], minlength=len(COLORS))
@@ -148,7 +149,7 @@ def _regions(colored: NDArray[np.bool_], nearest: NDArray[np.intp]) -> Iterator[
             yield region
             continue
         for color in range(len(COLORS)):
-            parts, part_count = ndimage.label(region & (nearest == color))
+            parts, part_count = _parts(region & (nearest == color))
             for part in (parts == number for number in range(1, part_count + 1)):
                 # Where two colours touch, a seam one or two pixels wide looks like a third.
                 if ndimage.binary_erosion(part).any():
@@ -183,6 +184,12 @@ def _describe(
     )
 
 
+def _parts(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], int]:
+    """Connected parts of a mask, numbered from 1, and how many there are."""
+    labels, count = cast(tuple[NDArray[np.intp], int], ndimage.label(mask))
+    return labels, count
+
+
 def _outline(
     strength: NDArray[np.float64], region: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], int, int]:
@@ -194,7 +201,7 @@ def _outline(
     ys, xs = np.nonzero(region)
     top, left = max(0, ys.min() - 1), max(0, xs.min() - 1)
     part = strength[top : ys.max() + 2, left : xs.max() + 2]
-    fine = ndimage.zoom(part, _FINE, order=1, grid_mode=True, mode="grid-constant")
+    fine = np.asarray(ndimage.zoom(part, _FINE, order=1, grid_mode=True, mode="grid-constant"))
     mask = fine > 0.5
     return (mask if mask.any() else fine >= fine.max()), int(left), int(top)
 

@@ -176,7 +176,8 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 def coverage(shape: str, x: float, y: float, radius: float) -> NDArray[np.float64]:
     """How much of each pixel a shape covers, 0 to 1, `[64, 64]`; edges are anti-aliased."""
-    u, v = (_GRID[None, :] - x) / radius, (_GRID[:, None] - y) / radius
+    u = np.asarray((_GRID[None, :] - x) / radius, np.float64)
+    v = np.asarray((_GRID[:, None] - y) / radius, np.float64)
     return np.clip(0.5 - signed_distance(shape, u, v) * radius, 0, 1)
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ Factory = Callable[[], Reward]
 
 
 def scenes(
-    count: int, seed: int = 0, **style: bool
+    count: int, seed: int = 0, **style: Any
 ) -> tuple[list[Image.Image], list[str], list[str]]:
     """Pictures, their prompts, and nearly right prompts."""
     rng, noise, groups = random.Random(seed), np.random.default_rng(seed), specs_by_category()

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ def test_pace_warms_up_stays_and_decays() -> None:
 
 
 def trained(folder: Path, *step_counts: int) -> torch.Tensor:
+    model = nn.Linear(3, 1)
     for steps in step_counts:
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
@@ -106,13 +108,13 @@ def test_gates_are_numbers_with_intervals_and_valid_json() -> None:
     categories = [CATEGORIES[i % 7] for i in range(70)]
     plain = Draws(correct, scores, [])
     better = Draws(np.ones((70, 5)), scores, [])
-    measured = gates(plain, better, categories)
+    measured: Any = gates(plain, better, categories)
     assert measured["strict"]["value"] == pytest.approx(correct.mean(), abs=1e-3)
     assert measured["refined_minus_plain"]["value"] == pytest.approx(1 - correct.mean(), abs=2e-3)
     assert measured["best_of_n_minus_one"]["value"] > 0.25
     assert measured["h~verifier"]["low"] < measured["h~verifier"]["value"] < 1
     assert measured["strict_by_category"]["two"]["refined"] == 1
-    constant = gates(Draws(np.zeros((70, 5)), scores, []), better, categories)
+    constant: Any = gates(Draws(np.zeros((70, 5)), scores, []), better, categories)
     assert constant["h~verifier"]["value"] is None
     json.dumps(constant, allow_nan=False)
 

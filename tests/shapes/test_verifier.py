@@ -40,7 +40,7 @@ def passes(prompt: str, image: Image.Image) -> bool:
 
 
 def drawn(draw_on: Callable[[ImageDraw.ImageDraw], None]) -> Image.Image:
-    canvas = Image.new("RGB", (64 * SUPER,) * 2, (245, 245, 245))
+    canvas = Image.new("RGB", (64 * SUPER, 64 * SUPER), (245, 245, 245))
     draw_on(ImageDraw.Draw(canvas))
     return canvas.resize((64, 64), Image.Resampling.BOX)
 
