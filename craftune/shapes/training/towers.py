@@ -26,7 +26,7 @@ from craftune.shapes.world import Spec
 
 CHUNKS = 8
 """Thousands of scenes per tower."""
-JUDGED_PACE = Pace(500, 7e-4, warmup=20, decay_from=0.4)
+JUDGED_STEPS = {"h": 1000, "p": 2000, "i": 400}
 PAIRS = 28
 """Scenes per batch; each comes with a scene that nearly shows the same."""
 
@@ -47,7 +47,7 @@ class Taste:
 
 TASTES = {
     "h": Taste(seed=5000, flip_rate=0.20, confusion_rate=0.12, long_rate=0.3, looks=0.5),
-    "p": Taste(seed=6000, flip_rate=0.25, confusion_rate=0.10, long_rate=0.5, looks=0.3),
+    "p": Taste(seed=6000, flip_rate=0.20, confusion_rate=0.10, long_rate=0.5, looks=0.3),
     "i": Taste(seed=7000, flip_rate=0.0, confusion_rate=0.0, long_rate=0.3, looks=0.0),
 }
 
@@ -63,7 +63,8 @@ def train_tower(
     words = Words(sorted({word for text in sample_captions(5000, 0) for word in _split(text)}))
     tower = new_tower(name, len(words))
     _learn_scenes(tower, words, vae, taste, folder / "scenes", pace)
-    second = Trainer({"tower": tower}, JUDGED_PACE, folder / "judged")
+    judged_pace = Pace(JUDGED_STEPS[name], 7e-4, warmup=20, decay_from=0.4)
+    second = Trainer({"tower": tower}, judged_pace, folder / "judged")
     answers = Judged(judged, taste.flip_rate, random.Random(taste.seed + 1))
 
     def loss() -> Tensor:
