@@ -3,8 +3,9 @@
 import argparse
 import inspect
 import shutil
+import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from craftune.errors import UserError, unknown_name
 from craftune.explain import explain as explain_cell
 from craftune.methods import METHODS
 from craftune.models import FAMILIES
-from craftune.recipes import load_recipe, settings
+from craftune.recipes import keys_of, load_recipe, settings
 from craftune.records import read_json
 from craftune.refiners import FROM_FILE, REFINERS
 from craftune.rewards import REWARDS
 from craftune.runs import stage_folder
 from craftune.selection import FILTERS, NothingSelected, SelectConfig, select
 from craftune.stages.select import Pool, load_pool
+
+KEY_WIDTH = 29
+"""Of "key = default" and the gap after it, in the tables of settings."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -60,7 +64,13 @@ def _checked(options: argparse.Namespace) -> Recipe:
 def list_names(options: argparse.Namespace) -> int:
     """One line per name of a table."""
     if options.table == "settings":
-        _print_settings()
+        _print_keys(settings())
+        return 0
+    if options.table == "methods":
+        for number, (name, kind) in enumerate(METHODS.items()):
+            about = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
+            print(f"{chr(10) if number else ''}{name:<{KEY_WIDTH}}{about}")
+            _print_keys(keys_of(kind, "method.settings"))
         return 0
     filters = {
         name: f"one image beats the plain prompt's on {' and '.join(roles)}"
@@ -68,7 +78,6 @@ def list_names(options: argparse.Namespace) -> int:
     }
     tables: dict[str, Mapping[str, Any]] = {
         "rewards": REWARDS,
-        "methods": METHODS,
         "families": FAMILIES,
         "refiners": {**REFINERS, FROM_FILE: "Rewrites that refine.source holds."},
         "filters": {**filters, "none": "every candidate passes"},
@@ -85,16 +94,16 @@ def list_names(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_settings() -> None:
-    """Every key of a recipe as a recipe has it, with its default and what it does."""
+def _print_keys(rows: Iterable[tuple[str, str, str]]) -> None:
+    """Keys as a recipe has them, section by section, with default and meaning."""
     columns = min(shutil.get_terminal_size().columns, 100)
     last = ""
-    for section, key, text in settings():
+    for section, key, text in rows:
         if section != last:
             print(f"{chr(10) if last else ''}[{section}]")
         last = section
-        first = f"{key:<27}  "
-        print(textwrap.fill(text, columns, initial_indent=first, subsequent_indent=" " * 29))
+        first = f"{key:<{KEY_WIDTH - 2}}  "
+        print(textwrap.fill(text, columns, initial_indent=first, subsequent_indent=" " * KEY_WIDTH))
 
 
 def explain(options: argparse.Namespace) -> int:

@@ -72,14 +72,15 @@ def settings() -> Iterator[tuple[str, str, str]]:
     """Every key of a recipe, in the order of the stages: section, "key = default", what it does."""
     kinds = get_type_hints(Recipe)
     for section in SECTIONS:
-        yield from _settings(kinds[section], section)
+        yield from keys_of(kinds[section], section)
 
 
-def _settings(kind: Any, section: str) -> Iterator[tuple[str, str, str]]:
+def keys_of(kind: Any, section: str) -> Iterator[tuple[str, str, str]]:
+    """The same for one section, or for a method's hyper-parameters."""
     hints = get_type_hints(kind)
     for name, info in kind.__pydantic_fields__.items():
         if is_dataclass(hints[name]):
-            yield from _settings(hints[name], f"{section}.{name}")
+            yield from keys_of(hints[name], f"{section}.{name}")
             continue
         default = None if info.is_required() else info.get_default(call_default_factory=True)
         shown = name if default is None else f"{name} = {_toml(default)}"
@@ -92,7 +93,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         inside = ", ".join(f"{key} = {_toml(v)}" for key, v in value.items())
         return f"{{ {inside} }}" if inside else "{}"
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return json.dumps(value)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -115,7 +115,7 @@ def test_text_that_the_terminal_cannot_show_stops_nothing(done: Tiny) -> None:
     [
         ("rewards", [*REWARDS, "Your own: package.module:function"]),
         ("refiners", [*REFINERS, "file", "Your own: package.module:function"]),
-        ("methods", ["craft", "sft"]),
+        ("methods", ["craft ", "[method.settings]", 'negatives = "drop"', "beta = 1", "sft "]),
         ("families", ["sd"]),
         ("filters", ["I_h", "I_hpa", "none"]),
         ("settings", ["[train]", "steps = 120", "lora.rank", "[report]"]),
