@@ -186,8 +186,8 @@ def _describe(
 
 def _parts(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], int]:
     """Connected parts of a mask, numbered from 1, and how many there are."""
-    labels, count = cast(tuple[NDArray[np.intp], int], ndimage.label(mask))
-    return labels, count
+    labels, count = cast(tuple[NDArray[np.int32], int], ndimage.label(mask))
+    return labels.astype(np.intp), count
 
 
 def _outline(
