@@ -13,10 +13,19 @@ def export_model(pipeline: StableDiffusionPipeline, out: Path) -> float:
     partial = out.with_name(out.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+    _write_vocabulary(partial / "tokenizer")
     _clean(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+
+
+def _write_vocabulary(folder: Path) -> None:
+    """Add vocab.json and merges.txt, which transformers 4 reads; transformers 5 does not."""
+    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in bpe["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
 
 
 def _clean(folder: Path) -> None:
@@ -27,6 +36,8 @@ def _clean(folder: Path) -> None:
     loads the rest in full; a plain `from_pretrained` must run.
     """
     for path in folder.rglob("*.json"):
+        if path.name == "vocab.json":
+            continue
         config = json.loads(path.read_text())
         known = {k: v for k, v in config.items() if k not in ("_name_or_path", "is_local")}
         if known.get("_class_name") == "AutoencoderTiny":
