@@ -7,13 +7,13 @@
 Names load on first use, so that `craftune --help` does not wait for torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib
+import typing
 
 __version__ = "0.1.0"
 __all__ = ["Reward", "SelectConfig", "UserError", "__version__", "load_recipe", "run", "select"]
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from craftune.errors import UserError
     from craftune.pipeline import run
     from craftune.recipes import load_recipe
@@ -30,7 +30,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'craftune' has no attribute {name!r}")
