@@ -103,6 +103,7 @@ def execute(run: Path, stage: Stage) -> bool:
     refuse_change(run, stage, inputs)
     finished = done(run, stage.name)
     if finished and all((folder / name).is_file() for name in finished["outputs"]):
+        (folder / BEGUN).unlink(missing_ok=True)  # of a process killed between the two marks
         return False
     _verify_inputs(run, stage)
 

@@ -148,6 +148,14 @@ def test_marks_stand_at_every_moment(run_folder: Path, monkeypatch: pytest.Monke
     ]
 
 
+def test_a_kill_between_the_marks_leaves_nothing_to_do(run_folder: Path) -> None:
+    execute(run_folder, prompts())
+    begun = stage_folder(run_folder, "prompts") / "begun.json"
+    begun.write_text("{}")
+    assert not execute(run_folder, prompts(forbidden))
+    assert not begun.exists()
+
+
 def test_by_products_are_no_outputs(run_folder: Path) -> None:
     def work(folder: Path) -> Mapping[str, int]:
         for name in ("checkpoint-3", "tensorboard", "model"):
