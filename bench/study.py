@@ -29,12 +29,12 @@ from craftune.statistics import composite
 ALL = ["select.strategy=all", "select.per_prompt_cap=0"]
 ARMS: dict[str, list[str]] = {
     "craft": [],
-    "sft": ["method.name=sft"],
+    "sft": ["method.name=sft", "method.settings={}"],
     "random": ["select.strategy=random"],
-    "random, sft": ["select.strategy=random", "method.name=sft"],
+    "random, sft": ["select.strategy=random", "method.name=sft", "method.settings={}"],
     "low": ["select.strategy=low"],
     "all": ALL,
-    "all, sft": [*ALL, "method.name=sft"],
+    "all, sft": [*ALL, "method.name=sft", "method.settings={}"],
     "all, placebo": [*ALL, "select.placebo=true"],
     "all, clip": [*ALL, "method.settings.negatives=clip"],
     "all, keep": [*ALL, "method.settings.negatives=keep", "method.settings.guard=1e9"],
