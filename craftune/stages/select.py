@@ -20,6 +20,9 @@ POOL_COLUMNS = ["id", "prompt_id", "prompt", "refined_prompt", "category", "vari
 class Pool:
     """A scored pool as dense arrays; cell (group, column) of the flat row i is (row[i], column[i]).
 
+    A column stands for one variant and sample in every group: 0 is the plain prompt, then come the
+    samples of variant 1, of variant 2 and so on. Where a group lacks an image, its cell is empty.
+
     Attributes:
         table: `POOL_COLUMNS` of every candidate, in pool order.
         names: of the rewards.
@@ -39,16 +42,16 @@ def load_pool(pool: Path, scores: Path) -> Pool:
     """Join the pool's shards with its scores.
 
     Raises:
-        UserError: a reward scored with two identities, or a score names no candidate.
+        UserError: a reward scored with two identities, a score names no candidate, or two
+            candidates are of the same prompt, variant and sample.
     """
     table = read_table(pool.glob("part-*.parquet"), POOL_COLUMNS)
     scored = read_table(scores.glob("part-*.parquet"))
     _one_identity_each(scored, scores)
     prompt = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    order = np.lexsort((table["sample"].to_numpy(), table["variant"].to_numpy(), prompt))
-    first = np.searchsorted(prompt[order], np.arange(prompt.max() + 1))
-    column = np.empty(len(prompt), np.int64)
-    column[order] = np.arange(len(prompt)) - first[prompt[order]]
+    variant, sample = table["variant"].to_numpy(), table["sample"].to_numpy()
+    samples = int(sample.max()) + 1
+    column = np.where(variant == 0, sample, 1 + (variant - 1) * samples + sample).astype(np.int64)
 
     rewards = scored["reward"].combine_chunks().dictionary_encode()
     names = tuple(rewards.dictionary.to_pylist())
@@ -56,7 +59,9 @@ def load_pool(pool: Path, scores: Path) -> Pool:
     if where.null_count:
         raise UserError(f"{scores}: scores of candidates that the pool lacks; --redo score")
     where = where.to_numpy()
-    shape = (int(prompt.max()) + 1, int(column.max()) + 1)
+    shape = (int(prompt.max()) + 1, 1 + int(variant.max()) * samples)
+    if len(np.unique(prompt * shape[1] + column)) != len(prompt):
+        raise UserError(f"{pool}: two candidates of one prompt and variant; --redo generate")
     values = np.full((len(names), *shape), np.nan, np.float32)
     values[rewards.indices.to_numpy(), prompt[where], column[where]] = scored["value"].to_numpy()
     present = np.zeros(shape, bool)

@@ -69,6 +69,58 @@ def test_cells_hold_the_scores_of_their_candidates(tmp_path: Path, samples: int)
     assert all((loaded.column[i] == 0) == (row["variant"] == 0) for i, row in enumerate(rows))
 
 
+def without(pool: Path, scored: Path, *names: str) -> None:
+    """Take candidates out of the pool, and their scores with them."""
+    for folder, key, schema in ((pool, "id", CANDIDATE), (scored, "candidate", SCORE)):
+        for path in folder.glob("part-*.parquet"):
+            rows = [row for row in read_table(path).to_pylist() if row[key] not in names]
+            write_table(path, rows, schema)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_missing_image_shifts_no_column(tmp_path: Path, samples: int) -> None:
+    pool, scored = write_run(tmp_path, samples=samples)
+    whole = load_pool(pool, scored)
+    cells = {name.as_py(): i for i, name in enumerate(whole.table["id"])}
+    gone = ("p2-1-0", "p5-3-0", "p7-0-0", "p9-1-0", "p9-2-0", "p9-3-0")
+    without(pool, scored, *gone)
+    loaded = load_pool(pool, scored)
+    assert loaded.present.sum() == whole.present.sum() - len(gone)
+    assert not any(loaded.present[whole.row[cells[n]], whole.column[cells[n]]] for n in gone)
+    where = [loaded.names.index(name) for name in whole.names]
+    here = loaded.present
+    assert np.array_equal(loaded.scores[where][:, here], whole.scores[:, here])
+
+
+def test_a_group_without_its_baseline_is_dropped_by_name(tmp_path: Path) -> None:
+    """Its first rewrite must not stand in for it."""
+    pool, scored = write_run(tmp_path)
+    without(pool, scored, "p4-0-0")
+    counts, table = run(tmp_path, pool, scored, filter="none", k=40)
+    assert counts["groups_dropped_no_baseline"] == 1
+    dropped = [row for row in table.to_pylist() if row["status"] == "dropped_no_baseline"]
+    assert [row["candidate"] for row in dropped] == ["p4-1-0", "p4-2-0", "p4-3-0"]
+    assert all("baseline" in row["reason"] for row in dropped)
+    assert counts["candidates"] == 47
+
+
+def test_a_group_with_fewer_rewrites_still_takes_part(tmp_path: Path) -> None:
+    pool, scored = write_run(tmp_path)
+    without(pool, scored, *(f"p{g}-3-0" for g in range(12) if g != 1), "p1-1-0", "p1-2-0")
+    counts, table = run(tmp_path, pool, scored, filter="none", k=40, per_prompt_cap=0)
+    assert counts["candidates"] == 48 - 13
+    taken = {row["candidate"] for row in table.to_pylist() if row["selected"]}
+    assert {"p1-3-0", "p0-1-0", "p0-2-0"} <= taken
+
+
+def test_two_candidates_of_one_cell(tmp_path: Path) -> None:
+    pool, scored = write_run(tmp_path)
+    row = read_table(pool / "part-00000.parquet").to_pylist()[1]
+    write_table(pool / "part-00099.parquet", [row | {"id": "again"}], CANDIDATE)
+    with pytest.raises(UserError, match="two candidates of one prompt and variant"):
+        load_pool(pool, scored)
+
+
 @pytest.mark.parametrize("name", ["I_h", "none", "I_hp", ("a",)])
 def test_the_funnel_adds_up(tmp_path: Path, name: str | tuple[str, ...]) -> None:
     pool, scored = write_run(tmp_path)
