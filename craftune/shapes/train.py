@@ -39,7 +39,7 @@ SEED = 0
 VAE_CHUNKS = range(12)
 BASE_CHUNKS = range(1000, 1090)
 BASE_STEPS = 16_000
-JUDGED = 1500
+JUDGED = {"h": 1500, "p": 3000, "i": 1500}
 """Pictures per tower."""
 TOWER_STEPS = {"h": 2400, "p": 2000, "i": 1500}
 PACKAGE = Path(__file__).parent
@@ -84,7 +84,7 @@ def _run(stage: str, options: argparse.Namespace) -> None:
         pipeline.set_progress_bar_config(disable=True)
         for name, taste in TASTES.items():
             if not (work / f"judged-{name}.pt").exists():
-                draw_judged(pipeline, JUDGED, taste.seed, work / f"judged-{name}.pt")
+                draw_judged(pipeline, JUDGED[name], taste.seed, work / f"judged-{name}.pt")
     elif stage == "towers":
         for name in [options.tower] if options.tower else ("h", "p", "i"):
             train_tower(

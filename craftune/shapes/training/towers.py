@@ -26,7 +26,7 @@ from craftune.shapes.world import Spec
 
 CHUNKS = 8
 """Thousands of scenes per tower."""
-JUDGED_STEPS = {"h": 1000, "p": 2000, "i": 400}
+JUDGED_STEPS = {"h": 1000, "p": 4000, "i": 400}
 PAIRS = 28
 """Scenes per batch; each comes with a scene that nearly shows the same."""
 
