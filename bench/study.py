@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from craftune import pipeline
 from craftune.config import Recipe
@@ -64,7 +63,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/study.json"))
     options = parser.parse_args()
-    torch.set_num_threads(int(torch.get_num_threads()))
     arms = {name: ARMS[name] for name in options.arms}
     for text in options.extra:
         name, _, overrides = text.partition(":")
@@ -139,6 +137,7 @@ def summary(folders: list[Path], random: list[Path] | None) -> dict[str, Any]:
     if random is not None and random != folders:
         found["over random"] = _differences(tuned, [values(folder, "tuned") for folder in random])
     found["base"] = _means([values(folder, "base") for folder in folders])
+    found["tuned per seed"] = {n: [float(s[n].mean()) for s in tuned] for n in tuned[0]}
     reports = [read_json(stage_folder(f, "report") / "report.json") for f in folders]
     ratios = [r["diversity"]["ratio"]["mean"] for r in reports if r["diversity"].get("ratio")]
     found["diversity"] = float(np.mean(ratios)) if ratios else None
@@ -170,20 +169,34 @@ def _differences(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table as text."""
-    arms = result["arms"]
-    names = [n for n in next(iter(arms.values()))["tuned"]]
-    lines = ["| arm | " + " | ".join(names) + " | diversity |", "|---" * (len(names) + 2) + "|"]
-    first = next(iter(arms.values()))
-    lines.append("| base | " + " | ".join(f"{first['base'][n]:.3f}" for n in names) + " | 1 |")
+    """The tables as text: every arm over base, and over the arm "random" where there is one."""
+    arms, first = result["arms"], next(iter(result["arms"].values()))
+    names = list(first["tuned"])
+    head = ["| arm | " + " | ".join(names) + " | diversity |", "|---" * (len(names) + 2) + "|"]
+    base = "| base | " + " | ".join(f"{first['base'][n]:.3f}" for n in names) + " | 1 |"
+    lines = [
+        "Mean over run seeds and prompts (difference to base [95 % interval]).",
+        "",
+        *head,
+        base,
+    ]
     for arm, found in arms.items():
-        cells = []
-        for n in names:
-            mean, low, high = found["over base"][n]
-            cells.append(f"{found['tuned'][n]:.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])")
+        cells = [f"{found['tuned'][n]:.3f} ({_interval(found['over base'][n])})" for n in names]
         ratio = found["diversity"]
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {ratio and round(ratio, 3)} |")
+        cells.append("" if ratio is None else f"{ratio:.2f}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    against = {arm: found["over random"] for arm, found in arms.items() if "over random" in found}
+    if against:
+        lines += ["", "Difference to `random` at equal cost [95 % interval].", ""]
+        lines += ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for arm, gaps in against.items():
+            lines.append(f"| {arm} | " + " | ".join(_interval(gaps[n]) for n in names) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(values: list[float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
