@@ -11,7 +11,7 @@ demo: .venv/run.stamp
 
 test: check browser
 	@echo "test: pytest"
-	@OMP_NUM_THREADS=1 .venv/bin/pytest -q
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/dev.stamp
 	@echo "check: ruff, pyright"
