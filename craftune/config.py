@@ -129,12 +129,21 @@ class TrainConfig:
     """Examples (image, t, noise) per update, whatever the micro-batch."""
     micro_batch: Natural = 0
     """Examples per forward and backward pass; 0 takes the whole batch. Changes only memory."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """Bytes of state per trained weight: AdamW 8; 8-bit AdamW 2 (needs bitsandbytes); Adafactor
+    next to none for matrices, at most 3 for 3 x 3 convolutions."""
     learning_rate: Positive = 5e-5
-    """AdamW's; constant after the warm-up."""
+    """The highest rate, reached after the warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: Natural = 10
     """Updates over which the learning rate rises linearly from 0."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay of the gradient's mean and of its square; Adafactor has neither."""
+    eps: Positive = 1e-8
+    """AdamW's guard against division by 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    """AdamW's decoupled decay."""
+    """Decoupled decay of the weights, times the learning rate."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this L2 norm."""
     prompt_dropout: Share = 0.1
@@ -152,6 +161,10 @@ class TrainConfig:
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Of the saved model; the evaluation loads what was saved."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "adafactor" and (self.betas, self.eps) != ((0.9, 0.999), 1e-8):
+            raise ValueError("train.betas and train.eps are AdamW's; adafactor has neither")
 
 
 @dataclass(frozen=True, config=STRICT)

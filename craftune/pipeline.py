@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from craftune import methods, models, refiners, rewards
+from craftune import methods, models, optimizers, refiners, rewards
 from craftune.config import Recipe
 from craftune.errors import UserError
 from craftune.plan import stages
@@ -55,6 +55,7 @@ def check(recipe: Recipe) -> None:
     elif not recipe.refine.source:
         raise UserError("refine.source: missing; refine.by = 'file' reads the rewrites from it")
     methods.build(recipe.method.name, recipe.method.settings)
+    optimizers.check_installed(recipe.train.optimizer)
     _check_selection(recipe)
     for section in ("prompts", "refine", "evaluate"):
         source = getattr(recipe, section).source

@@ -7,6 +7,7 @@ Every file is written beside its place and renamed, so a killed run leaves no ha
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -114,6 +115,24 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: an existing one on that disk.
+        size: bytes that will be written; a tenth more must be free.
+
+    Raises:
+        UserError: too little is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * size:
+        raise UserError(
+            f"{folder}: {what} needs {size / 1e9:.2f} GB but {free / 1e9:.2f} GB are free; free "
+            "some space and run again, finished work is kept"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ batch and all its randomness are functions of the step's number, drawn before th
 """
 
 import contextlib
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +15,11 @@ import torch
 from torch import nn
 
 from craftune.config import TrainConfig
+from craftune.optimizers import OPTIMIZERS, learning_rate
 from craftune.progress import track
 from craftune.records import write_text
 from craftune.seeds import stream
-from craftune.training_state import Trainable, latest, prune, save
+from craftune.training_state import Average, Trainable, latest, prune, save, stop_requests
 from craftune.types import Denoiser, Method
 
 
@@ -35,33 +35,32 @@ def train(
     """Fine-tune `policy.network` in place; write metrics.jsonl and checkpoint-N/ under `out`.
 
     Goes on from the newest complete checkpoint in `out`, with the same weights bit for bit (on
-    the CPU) as a run that was never stopped.
+    the CPU) as a run that was never stopped. SIGTERM and SIGINT take effect after the step, with
+    a checkpoint of it.
 
     Args:
         reference: the frozen starting network, where `method.needs_reference`.
         feed: step number, counted from 0 -> the whole batch of that step.
 
     Returns:
-        The trained network; the averaged one where `config.ema_decay` > 0.
+        The trained network, with its averaged weights where `config.ema_decay` > 0.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the optimizer has not stepped.
     """
     network = policy.network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    average = copy.deepcopy(network) if config.ema_decay > 0 else None
+    optimizer = OPTIMIZERS[config.optimizer](config, parameters)
+    average = Average.of(network, config.ema_decay) if config.ema_decay > 0 else None
     stateful = {"network": Trainable(network), "optimizer": optimizer}
     if average is not None:
-        stateful["average"] = Trainable(average)
+        stateful["average"] = average
     first = latest(out, stateful)
-    with _metrics_log(out, first) as log:
+    with _metrics_log(out, first) as log, stop_requests() as stops:
         for step in track(range(first, config.steps), "train", config.steps - first, "step"):
             started = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
+                group["lr"] = learning_rate(config, step)
             metrics = _gradients(method, policy, reference, feed, config, seed, step)
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             _require_finite(step, metrics, norm.item())
@@ -69,7 +68,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average is not None:
-                _update_average(average, network, config.ema_decay)
+                average.update(network)
             log(
                 {
                     "step": step + 1,
@@ -79,10 +78,15 @@ def train(
                 },
                 time.perf_counter() - started,
             )
-            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+            due = (step + 1) % config.save_every == 0 and step + 1 < config.steps
+            if due or stops:
                 save(out / f"checkpoint-{step + 1}", step + 1, stateful)
                 prune(out, config.keep_checkpoints)
-    return (average if average is not None else network).eval()
+            if stops:
+                break
+    if average is not None:
+        average.put_into(network)
+    return network.eval()
 
 
 def _gradients(
@@ -127,13 +131,6 @@ def _require_finite(step: int, metrics: dict[str, float], norm: float) -> None:
         f"step {step + 1} is not finite ({shown}); the weights are as before it. Lower "
         "train.learning_rate, use train.precision = 'float32', or check the selected images"
     )
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    for mean, value in zip(average.parameters(), network.parameters(), strict=True):
-        if value.requires_grad:
-            mean.lerp_(value, 1 - decay)
 
 
 @contextlib.contextmanager

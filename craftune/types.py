@@ -114,6 +114,8 @@ class Model:
             a layout that the family's diffusers pipeline loads.
         save_lora: (folder, network) writes the network's adapters as
             pytorch_lora_weights.safetensors, for `load_lora_weights`.
+        move_rest: (device) moves all networks but the denoiser there: text encoders and VAE need
+            no room on the GPU while it trains. They work again once they are back.
     """
 
     family: str
@@ -127,6 +129,7 @@ class Model:
     lora_targets: tuple[str, ...]
     save: Callable[[Path, nn.Module, torch.dtype], None]
     save_lora: Callable[[Path, nn.Module], None]
+    move_rest: Callable[[torch.device], None]
 
 
 @dataclass(frozen=True)

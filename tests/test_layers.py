@@ -14,7 +14,14 @@ MODULES = {
 # library -> the only modules that import it (a name stands for itself and all below it)
 ONLY_IN = {
     "diffusers": ["craftune.models", "craftune.shapes.train*", "craftune.shapes.measure"],
-    "transformers": ["craftune.models", "craftune.rewards", "craftune.refiners", "craftune.shapes"],
+    "transformers": [
+        "craftune.models",
+        "craftune.rewards",
+        "craftune.refiners",
+        "craftune.shapes",
+        "craftune.optimizers",
+    ],
+    "bitsandbytes": ["craftune.optimizers"],
     "accelerate": ["craftune.training*", "craftune.stages"],
     "peft": ["craftune.adapters", "craftune.models", "craftune.training*"],
     # nothing in the pipeline knows the world: it enters by the two tables

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_log
 from craftune.config import ModelConfig
 from craftune.diffusion import Grid, Schedule, Target
 from craftune.errors import UserError
-from craftune.records import read_json, write_json
+from craftune.records import read_json, require_space, write_json
 
 TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -190,11 +190,30 @@ def _dpm_grid(config: Any, num_steps: int) -> Grid:
     return Grid.chain(scheduler.timesteps, alphas.float(), (ratios * alphas).float())
 
 
+def rest_mover(pipe: Any, name: str) -> Callable[[torch.device], None]:
+    """(device) moves every network of the pipeline but `name` there."""
+
+    def move_rest(device: torch.device) -> None:
+        for part, network in pipe.components.items():
+            if part != name and isinstance(network, nn.Module):
+                network.to(device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # else the room stays ours but cannot be used for large blocks
+
+    return move_rest
+
+
 def save_pipeline(
     pipe: Any, folder: Path, name: str, network: nn.Module, dtype: torch.dtype
 ) -> None:
-    """The whole pipeline in `dtype`, with `network` in place of its part `name`."""
+    """The whole pipeline in `dtype`, with `network` in place of its part `name`.
+
+    Raises:
+        UserError: not enough disk space; nothing was written.
+    """
     modules = {k: p for k, p in pipe.components.items() if isinstance(p, nn.Module)}
+    weights = sum(w.numel() for p in modules.values() for w in p.state_dict().values())
+    require_space(folder.parent, weights * dtype.itemsize, "the model")
     copies = {k: copy.deepcopy(part).to("cpu", dtype) for k, part in modules.items() if k != name}
     parts = pipe.components | copies | {name: copy.deepcopy(network).to("cpu", dtype)}
     settings = {k: v for k, v in pipe.config.items() if k == "requires_safety_checker"}

@@ -20,6 +20,7 @@ from craftune.models.common import (
     discrete_schedule,
     load_pipeline,
     lora_saver,
+    rest_mover,
     save_pipeline,
     token_ids,
     vae_decoder,
@@ -83,4 +84,5 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
         lora_targets=ATTENTION,
         save=lambda folder, network, dtype: save_pipeline(pipe, folder, "unet", network, dtype),
         save_lora=lora_saver(StableDiffusionPipeline, "unet"),
+        move_rest=rest_mover(pipe, "unet"),
     )

@@ -88,6 +88,7 @@ def train(
         reference = copy.deepcopy(model.denoiser)
         reference.network.requires_grad_(False).eval()
     empty = model.encode_prompts([""])
+    model.move_rest(torch.device("cpu"))
     feed = ExampleFeed(examples, empty, config.batch_size, config.prompt_dropout, seed)
     trained = run_loop(method, model.denoiser, reference, feed, config, seed, out)
 
