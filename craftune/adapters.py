@@ -30,6 +30,7 @@ def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...], s
         lora_alpha=config.alpha or config.rank,
         target_modules=list(config.targets or targets),
         init_lora_weights="gaussian",
+        use_dora=config.dora,
     )
     network.requires_grad_(False)
     try:

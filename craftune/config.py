@@ -117,6 +117,9 @@ class LoraConfig:
     """Scale of the adapters is alpha / rank; 0 means alpha = rank."""
     targets: tuple[str, ...] = ()
     """Module names to adapt; empty takes the family's default."""
+    dora: bool = False
+    """Train each adapted weight's length too (DoRA, arXiv:2402.09353): closer to full training at
+    low ranks, slower."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -22,6 +22,7 @@ from craftune.training import train
 from craftune.types import Denoiser, Examples, Model
 
 LORA = LoraConfig(rank=2, alpha=4)
+DORA = LoraConfig(rank=2, alpha=4, dora=True)
 T = torch.tensor([10, 500, 900])
 PROMPTS = ["a red dog", "two cats", ""]
 
@@ -50,10 +51,20 @@ def answer(model: Model, denoiser: Denoiser | None = None) -> Tensor:
         return (denoiser or model.denoiser)(x_t, T, model.encode_prompts(PROMPTS))
 
 
-def test_fresh_adapters_change_nothing_and_trained_ones_do() -> None:
+@pytest.mark.parametrize("lora", [LORA, DORA], ids=["lora", "dora"])
+def test_fresh_adapters_change_nothing_and_trained_ones_do(lora: LoraConfig) -> None:
     start = answer(load_sd(kept_checkpoint()))
+    torch.testing.assert_close(answer(adapted(lora=lora, start=True)), start, atol=1e-6, rtol=1e-5)
     assert torch.equal(answer(adapted(start=True)), start)
-    assert (answer(adapted()) - start).abs().max() > 0.01
+    assert (answer(adapted(lora=lora)) - start).abs().max() > 0.01
+
+
+def test_dora_trains_one_length_per_output_beside_the_factors() -> None:
+    network = adapted(lora=DORA).denoiser.network
+    lengths = [p for n, p in network.named_parameters() if "magnitude" in n]
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(lengths) == len(layers) > 0
+    assert all(p.requires_grad and p.ndim == 1 for p in lengths)
 
 
 def test_only_adapters_are_trainable_on_the_family_s_targets() -> None:
@@ -104,8 +115,9 @@ def test_the_adapters_start_is_the_seed_s_and_leaves_the_global_generator_alone(
     assert torch.equal(torch.rand(1), after)
 
 
-def test_the_reference_is_the_starting_network_exactly() -> None:
-    model = adapted()
+@pytest.mark.parametrize("lora", [LORA, DORA], ids=["lora", "dora"])
+def test_the_reference_is_the_starting_network_exactly(lora: LoraConfig) -> None:
+    model = adapted(lora=lora)
     reference = WithoutAdapter(model.denoiser)
     assert torch.equal(answer(model, reference), answer(load_sd(kept_checkpoint())))
     assert (answer(model) - answer(model, reference)).abs().max() > 0.01
@@ -146,8 +158,9 @@ def test_the_adapters_come_on_again_after_an_error() -> None:
     assert (answer(model) - answer(load_sd(kept_checkpoint()))).abs().max() > 0.01
 
 
-def test_merged_is_the_policy_without_adapters() -> None:
-    model = adapted()
+@pytest.mark.parametrize("lora", [LORA, DORA], ids=["lora", "dora"])
+def test_merged_is_the_policy_without_adapters(lora: LoraConfig) -> None:
+    model = adapted(lora=lora)
     whole = merged(model.denoiser.network)
     assert not any("lora" in name for name in whole.state_dict())
     assert (
@@ -159,7 +172,9 @@ def test_merged_is_the_policy_without_adapters() -> None:
     assert (answer(plain) - answer(model, WithoutAdapter(model.denoiser))).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=4), LoraConfig(rank=4, alpha=1)], ids=str)
+@pytest.mark.parametrize(
+    "lora", [LORA, LoraConfig(rank=4), LoraConfig(rank=4, alpha=1), DORA], ids=str
+)
 def test_saved_adapters_load_in_a_plain_pipeline(tmp_path: Path, lora: LoraConfig) -> None:
     """The same latents: also where alpha is not the rank."""
     model = adapted(lora=lora)

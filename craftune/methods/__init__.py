@@ -7,6 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from craftune.errors import UserError, unknown_name
 from craftune.methods.craft import CRAFT
+from craftune.methods.denoising import NoiseLevels
 from craftune.methods.sft import SFT
 
 METHODS: dict[str, type[CRAFT] | type[SFT]] = {"craft": CRAFT, "sft": SFT}
@@ -27,7 +28,8 @@ def build(name: str, settings: Mapping[str, Any]) -> CRAFT | SFT:
         found = error.errors()[0]
         key = "method.settings." + ".".join(str(part) for part in found["loc"])
         if found["type"] == "unexpected_keyword_argument":
-            known = kind.__dataclass_fields__
+            inner = NoiseLevels if len(found["loc"]) > 1 else kind
+            known = inner.__dataclass_fields__
             raise UserError(
                 f"{key}: {unknown_name('setting', str(found['loc'][-1]), known)}"
             ) from None

@@ -7,15 +7,17 @@ the advantages (step 3) are `craftune.selection`. Symbols: A-hat = `advantage`.
     L = mean over the batch of  A * |eps_theta(x_t, t, c) - eps|^2,   c the original prompt,
 
 t uniform (the family's law), fresh (t, noise) per draw, w(t) dropped, A and x_0 without gradient.
+`noise` can weigh and bias t; its default is that.
 
 A term with A < 0 has no lower bound, and the paper does not say what becomes of it. `negatives`
 chooses; docs/theory.md argues the default. Differs from the paper: where the paper divides by
 b * N with masked terms, this is the mean over the examples that train (equal up to a factor
 that Adam removes).
 
-Fed with `Examples`. "keep" and "anchor" need the reference: one more forward pass each.
+Fed with `Examples`. All but "drop" need the reference: one more forward pass.
 """
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.denoising import draw, predict, squared_error
+from craftune.methods.denoising import NoiseLevels, predict, squared_error
 from craftune.types import Denoiser, Draws, Examples, Metrics
 
 
@@ -36,20 +38,23 @@ class CRAFT:
 
     negatives: Literal["drop", "keep", "clip", "anchor"] = "drop"
     """What advantages below 0 do. "drop": nothing, weight max(A, 0). "keep": the paper's letter,
-    stopped when it diverges. "clip": weight max(A, -clip). "anchor": the bounded form below."""
+    stopped when it diverges. "clip": weight max(A, -clip), stopped likewise. "anchor": the bounded
+    form below."""
     clip: Annotated[float, Field(ge=0)] = 0.5
     """For "clip": the lowest weight is -clip."""
     guard: Annotated[float, Field(gt=1)] = 2.0
-    """For "keep": stop when the error on negatives exceeds guard times the reference's."""
+    """For "keep" and "clip": stop when the error on negatives exceeds guard times the
+    reference's."""
     beta: Annotated[float, Field(gt=0)] = 1.0
     """For "anchor": how far the two mixtures lean; smaller moves further from the reference."""
     advantage_max: Annotated[float, Field(gt=0)] = 3.0**0.5
     """For "anchor": the advantage that counts as certain; sqrt(N - 1) is the bound for N."""
+    noise: NoiseLevels = field(default_factory=NoiseLevels)
 
     @property
     def needs_reference(self) -> bool:
         """The guard and the anchor compare with the starting network."""
-        return self.negatives in ("keep", "anchor")
+        return self.negatives != "drop"
 
     def weigh(self, advantage: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Weight of each example; those with weight 0 never reach the network."""
@@ -61,7 +66,7 @@ class CRAFT:
 
     def draw(self, schedule: Schedule, batch: Examples, rng: torch.Generator) -> Draws:
         """One timestep and one noise per example."""
-        return draw(schedule, batch, rng)
+        return self.noise.draw(schedule, batch, rng)
 
     def loss(
         self, policy: Denoiser, reference: Denoiser | None, batch: Examples, draws: Draws
@@ -69,9 +74,10 @@ class CRAFT:
         """Algorithm 1, step 4, or its anchored form."""
         prediction, target = predict(policy, batch, draws)
         error = squared_error(prediction, target)
+        counts = self.noise.weight(policy.schedule, draws.t)
         metrics = {"error": error.mean().item()}
         if not self.needs_reference:
-            loss = (batch.weight * error).mean()
+            loss = (counts * batch.weight * error).mean()
             return loss, {"loss": loss.item(), **metrics}
         assert reference is not None, f'negatives = "{self.negatives}" needs the reference'
         with torch.no_grad():
@@ -80,16 +86,17 @@ class CRAFT:
         metrics["reference_error"] = start_error.mean().item()
         if self.negatives == "anchor":
             share = (0.5 + batch.weight / (2 * self.advantage_max)).clamp(0, 1)
-            loss = anchored_loss(prediction, start, target, share, self.beta).mean()
+            terms = anchored_loss(prediction, start, target, share, self.beta)
         else:
             negative = (batch.weight < 0).float()
             metrics["negative_error"] = (negative * error).mean().item()
             metrics["negative_reference_error"] = (negative * start_error).mean().item()
-            loss = (batch.weight * error).mean()
+            terms = batch.weight * error
+        loss = (counts * terms).mean()
         return loss, {"loss": loss.item(), **metrics}
 
     def check(self, metrics: Metrics) -> None:
-        """The guard of "keep".
+        """The guard of the signed forms, "keep" and "clip".
 
         Raises:
             FloatingPointError: the error on negatives has grown too far.

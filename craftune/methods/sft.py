@@ -6,6 +6,8 @@ arXiv:2510.02692). The selection happens before, in the stage `select`.
 Fed with `Examples`. Needs no reference; one forward and one backward pass per example.
 """
 
+from dataclasses import field
+
 import torch
 from jaxtyping import Float
 from pydantic.dataclasses import dataclass
@@ -13,13 +15,15 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.denoising import draw, predict, squared_error
+from craftune.methods.denoising import NoiseLevels, predict, squared_error
 from craftune.types import Denoiser, Draws, Examples, Metrics
 
 
 @dataclass(frozen=True, config=STRICT)
 class SFT:
-    """Plain supervised fine-tuning; it has no hyper-parameter of its own."""
+    """Plain supervised fine-tuning."""
+
+    noise: NoiseLevels = field(default_factory=NoiseLevels)
 
     @property
     def needs_reference(self) -> bool:
@@ -32,7 +36,7 @@ class SFT:
 
     def draw(self, schedule: Schedule, batch: Examples, rng: torch.Generator) -> Draws:
         """One timestep and one noise per example."""
-        return draw(schedule, batch, rng)
+        return self.noise.draw(schedule, batch, rng)
 
     def loss(
         self, policy: Denoiser, reference: Denoiser | None, batch: Examples, draws: Draws
@@ -40,7 +44,7 @@ class SFT:
         """Mean squared error of the prediction."""
         del reference
         error = squared_error(*predict(policy, batch, draws))
-        loss = (batch.weight * error).mean()
+        loss = (self.noise.weight(policy.schedule, draws.t) * batch.weight * error).mean()
         return loss, {"loss": loss.item(), "error": error.mean().item()}
 
     def check(self, metrics: Metrics) -> None:

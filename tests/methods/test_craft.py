@@ -60,10 +60,10 @@ def test_weights_under_each_reading_of_negatives() -> None:
 
 def test_only_the_guard_and_the_anchor_need_the_reference() -> None:
     needs = {n: CRAFT(negatives=n).needs_reference for n in get_args(Negatives)}
-    assert needs == {"drop": False, "keep": True, "clip": False, "anchor": True}
+    assert needs == {"drop": False, "keep": True, "clip": True, "anchor": True}
 
 
-@pytest.mark.parametrize("negatives", ["keep", "anchor"])
+@pytest.mark.parametrize("negatives", ["keep", "clip", "anchor"])
 def test_a_missing_reference_is_not_passed_over(negatives: Negatives) -> None:
     batch = toy_examples(2)
     method = CRAFT(negatives=negatives)
@@ -79,8 +79,8 @@ def test_the_loss_by_hand() -> None:
     """Errors 2.5 and 4.5 under weights 2 and -1: (2 * 2.5 - 4.5) / 2 = 0.25."""
     batch = toy_examples(2, weight=torch.tensor([2.0, -1.0]))
     draws = Draws(torch.tensor([3, 60]), torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
-    for method, reference in ((CRAFT("clip", clip=1.0), None), (CRAFT("keep"), fixed(0.5))):
-        loss, metrics = method.loss(fixed(0.0), reference, batch, draws)
+    for method in (CRAFT("clip", clip=1.0), CRAFT("keep")):
+        loss, metrics = method.loss(fixed(0.0), fixed(0.5), batch, draws)
         assert loss.item() == pytest.approx(0.25)
         assert metrics["error"] == pytest.approx(3.5)
     # reference 0.5: ((0.5 - 1)^2 + (0.5 + 2)^2) / 2 = 3.25 and (2.5^2 + 0.5^2) / 2 = 3.25
@@ -95,7 +95,7 @@ def test_the_gradient_is_the_advantage_weighted_sum_of_each_example_s() -> None:
     batch = toy_examples(6, weight=ADVANTAGE)
     method = CRAFT(negatives="clip", clip=10.0)
     draws = method.draw(policy.schedule, batch, stream(0))
-    method.loss(policy, None, batch, draws)[0].backward()
+    method.loss(policy, policy, batch, draws)[0].backward()
     found = flat_grad(policy.network)
     wanted = torch.zeros_like(found)
     for i, weight in enumerate(ADVANTAGE):
@@ -112,14 +112,14 @@ def test_the_gradient_is_the_finite_difference_of_the_loss() -> None:
     batch = toy_examples(6, weight=ADVANTAGE)
     method = CRAFT(negatives="clip", clip=10.0)
     draws = method.draw(policy.schedule, batch, stream(0))
-    method.loss(policy, None, batch, draws)[0].backward()
+    method.loss(policy, policy, batch, draws)[0].backward()
     *_, bias = policy.network.parameters()
     for place in range(2):
         values = []
         for change in (1e-2, -2e-2):
             with torch.no_grad():
                 bias[place] += change
-                values.append(method.loss(policy, None, batch, draws)[0].item())
+                values.append(method.loss(policy, policy, batch, draws)[0].item())
         with torch.no_grad():
             bias[place] += 1e-2
         assert bias.grad is not None
