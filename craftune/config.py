@@ -42,13 +42,17 @@ class ModelConfig:
     """Which checkpoint is aligned."""
 
     path: str
-    """A diffusers folder, a hub id, or "craftune:shapes/model" for the embedded model."""
+    """A diffusers folder, a hub id, one .safetensors file with a whole checkpoint, or
+    "craftune:shapes/model" for the embedded model."""
     family: str = "auto"
     """A name of `craftune list families`; "auto" reads it from the checkpoint."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None
     """Weight variant of the files, e.g. "fp16"."""
+    config: str = ""
+    """For one .safetensors file: a diffusers folder or hub id with the configs and tokenizer of
+    its architecture; empty takes the one that diffusers names for that kind of file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights while sampling; training keeps them in float32."""
 
@@ -83,8 +87,8 @@ class RefineConfig:
 class GenerateConfig:
     """How candidates are drawn."""
 
-    sampler: Literal["ddim", "dpm++2m"] = "dpm++2m"
-    """DDIM (eta 0) or DPM-Solver++ 2M."""
+    sampler: Literal["ddim", "dpm++2m", "unipc"] = "dpm++2m"
+    """DDIM (eta 0), DPM-Solver++ 2M or UniPC of order 2."""
     num_steps: Count = 25
     """Network calls per image; with guidance each is two."""
     guidance_scale: Positive = 7.5

@@ -174,7 +174,7 @@ def _tuning(plan: _Plan) -> list[Stage]:
 def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
     """Base, then tuned, on the evaluation prompts."""
     recipe, prompts = plan.recipe, plan.at["prompts"] / "evaluation.jsonl"
-    tuned = replace(recipe.model, path=str(plan.at["train"] / "model"), family="auto", variant=None)
+    tuned = ModelConfig(str(plan.at["train"] / "model"), dtype=recipe.model.dtype)
     counts = {}
     for arm, config in (("base", recipe.model), ("tuned", tuned)):
         model, seed = plan.load(config), recipe.run.seed

@@ -1,4 +1,4 @@
-"""Drawing images: guidance, DDIM and DPM-Solver++ over any family's denoiser.
+"""Drawing images: guidance, DDIM, DPM-Solver++ and UniPC over any family's denoiser.
 
 Latents are x_t = alpha_t * x_0 + sigma_t * noise in every family, so one sampler serves all.
 The noise of a candidate comes from its own seed: the same image from any batch or order, up to
@@ -61,18 +61,47 @@ def sample(
         grad_steps: the last steps that keep a gradient, 0 to the grid's length.
     """
     steps = len(grid.timesteps)
-    x, previous = noise, None
-    log_snr = torch.log(grid.alphas) - torch.log(grid.sigmas)
+    x = start = noise if grad_steps >= steps else noise.detach()
+    previous: list[Tensor] = []
+    log_snr = (torch.log(grid.alphas) - torch.log(grid.sigmas)).double()
     for i, t in enumerate(grid.timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - grad_steps):
             (alpha, alpha_end), (sigma, sigma_end) = grid.alphas[i], grid.sigmas[i]
             batch_t = t.to(x.device).expand(len(x))
             prediction = guided(denoiser, x, batch_t, cond, empty, guidance_scale)
             x_0, _ = denoiser.schedule.split_at(prediction.float(), x, alpha, sigma)
+            if sampler == "unipc" and previous:
+                x = _corrected(start, [*previous, x_0], grid, log_snr, i)
             data, h = x_0, log_snr[i, 1] - log_snr[i, 0]
-            if sampler == "dpm++2m" and previous is not None and i < steps - 1:
+            if sampler != "ddim" and previous and i < steps - 1:
                 ratio = h / (log_snr[i, 0] - log_snr[i - 1, 0])
-                data = x_0 + 0.5 * ratio * (x_0 - previous)
+                data = x_0 + 0.5 * ratio * (x_0 - previous[-1])
+            start = x
             x = sigma_end / sigma * x - alpha_end * torch.expm1(-h) * data
-            previous = x_0
+            previous = [*previous[-1:], x_0]
     return x
+
+
+def _corrected(
+    start: Tensor, data: list[Tensor], grid: Grid, log_snr: Tensor, i: int
+) -> Float[Tensor, "b ..."]:
+    """UniC: the step that ended where step i starts, taken again with x_0 known at its end.
+
+    Args:
+        start: latents at the start of step i - 1.
+        data: x_0 predicted at the starts of steps (i - 2,) i - 1 and i; of two alone, the
+            corrector is of first order.
+        log_snr: log(alpha / sigma) at both ends of each step.
+    """
+    (alpha, sigma), sigma_start = (grid.alphas[i, 0], grid.sigmas[i, 0]), grid.sigmas[i - 1, 0]
+    before, now = data[-2], data[-1]
+    h = log_snr[i, 0] - log_snr[i - 1, 0]
+    slope = 0.5 * (now - before)
+    if len(data) == 3:
+        # The weights that make the step exact for x_0 linear and quadratic in log SNR (Eq. 8).
+        r = (log_snr[i - 2, 0] - log_snr[i - 1, 0]) / h
+        linear = (torch.expm1(-h) / -h - 1) / torch.expm1(-h)
+        quadratic = 2 * ((torch.expm1(-h) / -h - 1) / -h - 0.5) / torch.expm1(-h)
+        weight = (linear - quadratic) / (1 - r)
+        slope = weight / r * (data[0] - before) + (linear - weight) * (now - before)
+    return sigma / sigma_start * start - alpha * torch.expm1(-h) * (before + slope)

@@ -205,8 +205,8 @@ def random_checkpoint(
         settings["rescale_betas_zero_snr"] = True
     stored = torch.float16 if variant == "fp16" else dtype
     shutil.copytree(_kept_networks(vae, stored, variant, seed), folder, dirs_exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", settings)
-    _write_json(
+    write_json(folder / "scheduler" / "scheduler_config.json", settings)
+    write_json(
         folder / "model_index.json",
         {
             "_class_name": "StableDiffusionPipeline",
@@ -224,7 +224,8 @@ def random_checkpoint(
 
 
 @functools.cache
-def _kept_folder() -> Path:
+def kept_folder() -> Path:
+    """Where the session's checkpoints lie; gone at its end."""
     folder = Path(tempfile.mkdtemp(prefix="craftune-toy-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -234,14 +235,14 @@ def _kept_folder() -> Path:
 def _kept_networks(vae: str, dtype: torch.dtype, variant: str | None, seed: int) -> Path:
     """The tokenizer and the networks' folders, made once per session."""
     diffusers_log.set_verbosity_error()
-    folder = _kept_folder() / f"{vae}-{dtype}-{variant}-{seed}"
-    vocabulary = _write_tokenizer(folder / "tokenizer")
+    folder = kept_folder() / f"{vae}-{dtype}-{variant}-{seed}"
+    vocabulary = write_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         networks = {
-            "text_encoder": _text_encoder(vocabulary),
-            "unet": _unet(),
-            "vae": _kl() if vae == "kl" else _tiny(),
+            "text_encoder": CLIPTextModel(text_config(vocabulary)),
+            "unet": unet(),
+            "vae": kl() if vae == "kl" else _tiny(),
         }
     for name, network in networks.items():
         network.to(dtype).save_pretrained(folder / name, variant=variant)
@@ -252,7 +253,7 @@ def _kept_networks(vae: str, dtype: torch.dtype, variant: str | None, seed: int)
 def kept_checkpoint(prediction_type: str = "epsilon", spacing: str = "leading") -> Path:
     """One read-only checkpoint of a kind for the whole session; "leading" is SD1.5's."""
     settings = SD15_SCHEDULER if spacing == "leading" else LINSPACE_SCHEDULER
-    folder = _kept_folder() / f"{prediction_type}-{spacing}"
+    folder = kept_folder() / f"{prediction_type}-{spacing}"
     return random_checkpoint(folder, prediction_type=prediction_type, scheduler=settings)
 
 
@@ -272,12 +273,13 @@ def edit_weights(file: Path, name: str, value: Tensor | None) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file in a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2))
 
 
-def _write_tokenizer(folder: Path) -> dict[str, int]:
+def write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> dict[str, int]:
     """A byte-level BPE in CLIP's four files: 256 bytes, the same at a word's end, the merges."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -286,39 +288,40 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
     tokens += ["".join(merge.split()) for merge in MERGES]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    _write_json(folder / "vocab.json", vocabulary)
+    write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad_token,
         "unk_token": "<|endoftext|>",
     }
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
         folder / "tokenizer_config.json",
         {**special, "model_max_length": 16, "tokenizer_class": "CLIPTokenizer"},
     )
     return vocabulary
 
 
-def _text_encoder(vocabulary: dict[str, int]) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=vocabulary["<|startoftext|>"],
-            eos_token_id=vocabulary["<|endoftext|>"],
-            pad_token_id=vocabulary["<|endoftext|>"],
-        )
+def text_config(vocabulary: dict[str, int], width: int = 16, **settings: Any) -> CLIPTextConfig:
+    """A CLIP text encoder of two layers for the tokenizer's vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+        **settings,
     )
 
 
-def _unet() -> UNet2DConditionModel:
+def unet(cross_attention_dim: int = 16, **settings: Any) -> UNet2DConditionModel:
+    """A UNet of two levels, 8x8 latents."""
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -327,9 +330,10 @@ def _unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=16,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=2,
         norm_num_groups=4,
+        **settings,
     )
     with torch.no_grad():  # so that the prompt shows in what is drawn
         for name, weight in unet.named_parameters():
@@ -338,14 +342,20 @@ def _unet() -> UNet2DConditionModel:
     return unet
 
 
-def _kl() -> AutoencoderKL:
+def kl(scaling_factor: float = 0.18215, **more: Any) -> AutoencoderKL:
+    """A VAE of two levels, 16x16 images."""
     settings: dict[str, Any] = {  # diffusers annotates these as tuples of one
         "block_out_channels": (8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     }
     return AutoencoderKL(
-        **settings, latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.18215
+        **settings,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=scaling_factor,
+        **more,
     )
 
 

@@ -12,104 +12,111 @@ import torch
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError, unknown_name
+from craftune.models.files import EMBEDDED as EMBEDDED
+from craftune.models.files import SETTINGS, checkpoint
+from craftune.models.files import resolve as resolve
 from craftune.records import read_json, sha256
 from craftune.types import Model
 
 
-def _sd(path: Path, config: ModelConfig, device: torch.device) -> Model:
-    """Stable Diffusion 1.x and 2.x layout: CLIP text encoder, UNet, epsilon or v prediction."""
+def _family(name: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # else importing diffusers remarks on an absent torchvision
-    return import_module("craftune.models.sd").load(path, config, device)
+    return import_module(f"craftune.models.{name}").load
 
 
-FAMILIES: dict[str, Callable[[Path, ModelConfig, torch.device], Model]] = {"sd": _sd}
+def _sd(path: Path, config: ModelConfig, device: torch.device) -> Model:
+    """Stable Diffusion 1.x and 2.x layout: CLIP text encoder, UNet, epsilon or v prediction."""
+    return _family("sd")(path, config, device)
+
+
+def _sdxl(path: Path, config: ModelConfig, device: torch.device) -> Model:
+    """Stable Diffusion XL base layout: two CLIP text encoders, UNet, epsilon or v prediction."""
+    return _family("sdxl")(path, config, device)
+
+
+FAMILIES: dict[str, Callable[[Path, ModelConfig, torch.device], Model]] = {
+    "sd": _sd,
+    "sdxl": _sdxl,
+}
 """Name -> loader; the docstring's first line is what `craftune list families` prints."""
 
-PIPELINES = {"StableDiffusionPipeline": "sd"}
+PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+}
 """The `_class_name` in a checkpoint's model_index.json -> family."""
+
+SINGLE_FILES = {
+    "v1": "sd",
+    "v2": "sd",
+    "xl_base": "sdxl",
+}
+"""What diffusers calls the kind of a single file, by its keys -> family."""
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a checkpoint that may be missing: rewards see every image."""
 
-EMBEDDED = "craftune:"
-"""Prefix of files that ship inside the package, e.g. craftune:shapes/model."""
-
-
-def resolve(name: str) -> Path:
-    """A path as given, or inside the package for "craftune:..."."""
-    if name.startswith(EMBEDDED):
-        return Path(__file__).parent.parent / name.removeprefix(EMBEDDED)
-    return Path(name).expanduser()
-
-
-def checkpoint_folder(config: ModelConfig) -> Path:
-    """The local diffusers folder of a recipe's model; downloads a hub id on first use.
-
-    Raises:
-        UserError: neither a folder nor a hub id that can be had.
-    """
-    path = resolve(config.path)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or config.path.startswith((".", "~", EMBEDDED)) or path.exists():
-        raise UserError(f"model.path {config.path!r}: no such folder; give a diffusers folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                config.path,
-                revision=config.revision,
-                allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path {config.path!r}: no such folder here, and the hub did not give it "
-            f"({reason})"
-        ) from None
+LIBRARIES = ("diffusers", "transformers")
+"""Where a checkpoint's parts may come from; no checkpoint brings code of its own."""
 
 
 def family_of(config: ModelConfig) -> str:
-    """The family's name: as the recipe says, or by the checkpoint's model_index.json.
+    """The family's name: as the recipe says, or by the checkpoint's model_index.json or keys.
 
     Raises:
-        UserError: unknown name, no model_index.json, or a pipeline of no known family.
+        UserError: unknown name, a checkpoint that is not whole, of no known family, or of
+            another one than the recipe says.
     """
-    if config.family != "auto":
-        if config.family not in FAMILIES:
-            raise UserError(f"model.family: {unknown_name('family', config.family, FAMILIES)}")
-        return config.family
-    return _family_in(checkpoint_folder(config) / "model_index.json")
+    given = None if config.family == "auto" else config.family
+    if given and given not in FAMILIES:
+        raise UserError(f"model.family: {unknown_name('family', given, FAMILIES)}")
+    path = checkpoint(config)
+    found, said = _family_in_keys(path) if path.is_file() else _family_in_index(path)
+    if not (found or given):
+        known = ", ".join(SINGLE_FILES if path.is_file() else PIPELINES)
+        raise UserError(f"{said} is of no known family (known: {known})")
+    if given and found and given != found:
+        raise UserError(f"model.family {given!r}: {said} is of family {found!r}; leave it out")
+    return given or found or ""
 
 
-def _family_in(index: Path) -> str:
+def _family_in_keys(path: Path) -> tuple[str | None, str]:
+    kind = import_module("craftune.models.single_file").kind_of(path)
+    return SINGLE_FILES.get(kind), f"{path}: checkpoint of kind {kind!r}"
+
+
+def _family_in_index(folder: Path) -> tuple[str | None, str]:
+    index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"{index}: missing; model.path must be a diffusers folder")
     parts = read_json(index)
-    pipeline = parts.get("_class_name", "") if isinstance(parts, dict) else ""
-    if pipeline not in PIPELINES:
-        known = ", ".join(PIPELINES)
-        raise UserError(f"{index}: pipeline {pipeline!r} is of no known family (known: {known})")
+    parts = parts if isinstance(parts, dict) else {}
     for name, kind in parts.items():
         needed = isinstance(kind, list) and kind[0] and name not in UNUSED
-        if needed and not (index.parent / name).is_dir():
-            raise UserError(f"{index.parent / name}: missing; the checkpoint is not whole")
-    return PIPELINES[pipeline]
+        if needed and kind[0] not in LIBRARIES:
+            raise UserError(f"{index}: {name!r} needs code from {kind[0]!r}, which is never run")
+        if needed and not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: missing; the checkpoint is not whole")
+    pipeline = parts.get("_class_name", "")
+    found = PIPELINES.get(pipeline) if isinstance(pipeline, str) else None
+    return found, f"{index}: pipeline {pipeline!r}"
 
 
 def identity(config: ModelConfig) -> dict[str, Any]:
     """Which weights these are, by the content of every file that the loader reads."""
-    folder = checkpoint_folder(config)
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".txt"})
-    digests = {str(p.relative_to(folder)): sha256(p) for p in files}
-    return {"family": family_of(config), "files": digests}
+    path, family = checkpoint(config), family_of(config)
+    folder, files = path, {}
+    if path.is_file():
+        folder = import_module("craftune.models.single_file").settings_of(path, config)
+        files["weights"] = sha256(path)
+    read = SETTINGS if path.is_file() else (*SETTINGS, "*.safetensors")
+    found = sorted({file for pattern in read for file in folder.rglob(pattern)})
+    files |= {str(file.relative_to(folder)): sha256(file) for file in found}
+    return {"family": family, "files": files}
 
 
 def load(config: ModelConfig, device: torch.device) -> Model:
     """The checkpoint of a recipe, on the device, in `config.dtype`."""
-    return FAMILIES[family_of(config)](checkpoint_folder(config), config, device)
+    return FAMILIES[family_of(config)](checkpoint(config), config, device)

@@ -1,4 +1,4 @@
-"""What the families share: loading with one-line errors, the VAE, noise levels, saving.
+"""What the families share: loading with one-line errors, the VAE, saving.
 
 The only place beside the families that imports diffusers.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_log
 from jaxtyping import Float
@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
 
 from craftune.config import ModelConfig
-from craftune.diffusion import Grid, Schedule, Target
 from craftune.errors import UserError
+from craftune.models.files import has_variant
+from craftune.models.single_file import from_file, settings_of
 from craftune.records import read_json, require_space, write_json
+from craftune.types import Cond
 
-TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 """LoRA's usual targets in diffusers' attention."""
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+    SafetensorError,
+    SingleFileComponentError,
+)
+"""What diffusers and transformers raise at a checkpoint that is damaged or of another kind."""
 
 
 def load_pipeline(
@@ -33,45 +44,67 @@ def load_pipeline(
     config: ModelConfig,
     what: str,
     text_encoders: Mapping[str, Any],
+    *,
+    float32: tuple[str, ...] = (),
     **parts: Any,
 ) -> Any:
-    """A diffusers folder as its pipeline, every weight there and finite, nothing trainable.
+    """A diffusers folder or single file as its pipeline: whole, finite, nothing trainable.
 
     Args:
         pipeline: diffusers' class.
         what: the family in words, for errors.
         text_encoders: name -> transformers class; loaded first, since transformers invents
             missing weights and the pipeline would not tell which.
+        float32: parts that are loaded in float32 whatever `config.dtype` says.
         parts: given to `from_pretrained` as they are, e.g. safety_checker=None.
 
     Raises:
         UserError: a part is missing or damaged, or a weight is not finite.
     """
     quiet()
-    common: dict[str, Any] = {
-        "dtype": getattr(torch, config.dtype),
-        "variant": config.variant,
-        "local_files_only": True,
-    }
+    dtypes = dict.fromkeys(float32, torch.float32) | {"default": getattr(torch, config.dtype)}
+    settings = settings_of(path, config) if path.is_file() else None
     try:
-        for name, kind in text_encoders.items():
-            parts[name] = _whole_text_encoder(kind, path, name, common)
-        pipe = pipeline.from_pretrained(path, **parts, **common)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if settings:
+            pipe = from_file(pipeline, path, settings, dtypes, parts)
+        else:
+            pipe = _from_folder(pipeline, path, config.variant, dtypes, text_encoders, parts)
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: cannot be loaded as {what}: {reason}") from None
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            _check_weights(part, path / name)
+            _check_weights(part, f"{path}: {name}" if path.is_file() else str(path / name))
             part.requires_grad_(False).eval()
     return pipe
 
 
-def _whole_text_encoder(kind: Any, path: Path, name: str, common: dict[str, Any]) -> nn.Module:
-    encoder, info = kind.from_pretrained(path, subfolder=name, output_loading_info=True, **common)
-    if info["missing_keys"]:
-        raise ValueError(f"{name} lacks the weight {min(info['missing_keys'])!r}")
-    return encoder
+def _from_folder(
+    pipeline: Any,
+    path: Path,
+    variant: str | None,
+    dtypes: dict[str, torch.dtype],
+    text_encoders: Mapping[str, Any],
+    parts: dict[str, Any],
+) -> Any:
+    if variant and not any(has_variant(part, variant) for part in path.iterdir()):
+        raise ValueError(f"no file of model.variant {variant!r} is there")
+    common: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    loaded = {}
+    for name, kind in text_encoders.items():
+        loaded[name], info = kind.from_pretrained(
+            path,
+            subfolder=name,
+            output_loading_info=True,
+            dtype=dtypes.get(name, dtypes["default"]),
+            variant=variant if has_variant(path / name, variant) else None,
+            **common,
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{name} lacks the weight {min(info['missing_keys'])!r}")
+    return pipeline.from_pretrained(
+        path, dtype=dtypes, variant=variant, **parts, **loaded, **common
+    )
 
 
 def quiet() -> None:
@@ -82,7 +115,7 @@ def quiet() -> None:
     transformers_log.set_verbosity_error()
 
 
-def _check_weights(module: nn.Module, where: Path) -> None:
+def _check_weights(module: nn.Module, where: str) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise UserError(f"{where}: lacks the weight {name!r}; the checkpoint is incomplete")
@@ -101,17 +134,36 @@ def token_ids(tokenizer: Any, texts: list[str], length: int | None = None) -> Te
     ).input_ids
 
 
+def in_batches(encode: Callable[[list[str]], Cond], size: int = 64) -> Callable[[list[str]], Cond]:
+    """Any number of texts through an encoder of few, without gradient."""
+
+    @torch.no_grad()
+    def encode_prompts(texts: list[str]) -> Cond:
+        return Cond.cat([encode(texts[i : i + size]) for i in range(0, len(texts), size)])
+
+    return encode_prompts
+
+
 def vae_decoder(
     vae: Any, shift: float = 0.0
 ) -> Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 3 y x"]]:
     """Scaled latents -> images float32 in [0, 1], with gradient.
 
     Latents are (z - shift) * scaling_factor in the denoiser's units.
+
+    Raises (when called):
+        UserError: an image is not finite, as where a VAE overflows in float16.
     """
     scale = float(vae.config.scaling_factor)
 
     def decode(latents: Tensor) -> Tensor:
         image = vae.decode(latents.to(vae.dtype) / scale + shift, return_dict=False)[0]
+        if not torch.isfinite(image).all():
+            whose = "the VAE" if torch.isfinite(latents).all() else "the denoiser"
+            raise UserError(
+                f"model.dtype: {whose} gives values that are not finite (the VAE is in "
+                f"{str(vae.dtype).removeprefix('torch.')}); use 'bfloat16' or 'float32'"
+            )
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     return decode
@@ -131,63 +183,6 @@ def vae_encoder(
         return (clean.float() - shift) * scale
 
     return encode_images
-
-
-def discrete_schedule(pipe: Any, path: Path) -> Schedule:
-    """Noise levels of the 1000-timestep families (SD1, SD2, SDXL), from the checkpoint's scheduler.
-
-    Raises:
-        UserError: the prediction type is unknown, or zero terminal SNR meets epsilon prediction.
-    """
-    config = path / "scheduler" / "scheduler_config.json"
-    prediction = pipe.scheduler.config.prediction_type
-    if prediction not in TARGETS:
-        known = ", ".join(TARGETS)
-        raise UserError(f"{config}: prediction_type {prediction!r} is not supported ({known})")
-    scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
-    alpha_bar = scheduler.alphas_cumprod.double()
-    try:
-        return Schedule(
-            alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), TARGETS[prediction]
-        )
-    except ValueError as error:
-        raise UserError(f"{config}: {error}") from None
-
-
-def discrete_grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
-    """The steps that diffusers' own scheduler takes under the checkpoint's settings."""
-    config = pipe.scheduler.config
-    make = _ddim_grid if sampler == "ddim" else _dpm_grid
-    grid = make(config, num_steps) if num_steps < config.num_train_timesteps else None
-    if grid is None or grid.timesteps.diff().ge(0).any():
-        raise UserError(
-            f"generate.num_steps: {num_steps} are too many for this checkpoint's "
-            f"{config.num_train_timesteps} timesteps, some would repeat; use fewer"
-        )
-    return grid
-
-
-def _ddim_grid(config: Any, num_steps: int) -> Grid:
-    scheduler: Any = DDIMScheduler.from_config(config)
-    alpha_bar, last = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
-    scheduler.set_timesteps(num_steps)
-    starts = scheduler.timesteps
-    # Every step goes down by 1000 // num_steps, even where "linspace" and "trailing" place the
-    # next timestep elsewhere: diffusers does, and its images are what users get from our model.
-    ends = starts - len(alpha_bar) // num_steps
-    levels = torch.where(ends < 0, last, alpha_bar[ends.clamp(min=0)])
-    levels = torch.stack([alpha_bar[starts], levels], 1)
-    return Grid(starts, levels.sqrt().float(), (1 - levels).sqrt().float())
-
-
-def _dpm_grid(config: Any, num_steps: int) -> Grid:
-    scheduler: Any = DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
-    )
-    scheduler.set_timesteps(num_steps)
-    ratios = scheduler.sigmas.double()  # sigma / alpha; karras and its like lie between timesteps
-    alphas = (1 + ratios.square()).rsqrt()
-    return Grid.chain(scheduler.timesteps, alphas.float(), (ratios * alphas).float())
 
 
 def rest_mover(pipe: Any, name: str) -> Callable[[torch.device], None]:
@@ -216,7 +211,8 @@ def save_pipeline(
     require_space(folder.parent, weights * dtype.itemsize, "the model")
     copies = {k: copy.deepcopy(part).to("cpu", dtype) for k, part in modules.items() if k != name}
     parts = pipe.components | copies | {name: copy.deepcopy(network).to("cpu", dtype)}
-    settings = {k: v for k, v in pipe.config.items() if k == "requires_safety_checker"}
+    kept = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    settings = {k: v for k, v in pipe.config.items() if k in kept}
     type(pipe)(**parts, **settings).save_pretrained(folder)
     for text_encoder in folder.glob("text_encoder*/config.json"):
         # transformers would load the text encoder in the dtype written here, diffusers the rest

@@ -16,8 +16,7 @@ from craftune.config import ModelConfig
 from craftune.diffusion import Schedule
 from craftune.models.common import (
     ATTENTION,
-    discrete_grid,
-    discrete_schedule,
+    in_batches,
     load_pipeline,
     lora_saver,
     rest_mover,
@@ -26,6 +25,7 @@ from craftune.models.common import (
     vae_decoder,
     vae_encoder,
 )
+from craftune.models.discrete import check_unet, discrete_grid, discrete_schedule
 from craftune.types import Cond, Model
 
 
@@ -61,23 +61,20 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
         safety_checker=None,  # rewards see every image
         requires_safety_checker=False,
     )
+    check_unet(pipe.unet, path)
     pipe.to(device)
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
 
-    @torch.no_grad()
-    def encode(texts: list[str]) -> Tensor:
-        return pipe.text_encoder(token_ids(pipe.tokenizer, texts).to(device))[0].float()
-
-    def encode_prompts(texts: list[str]) -> Cond:
-        parts = [encode(texts[i : i + 64]) for i in range(0, len(texts), 64)]
-        return Cond({"tokens": torch.cat(parts)})
+    def encode(texts: list[str]) -> Cond:
+        tokens = pipe.text_encoder(token_ids(pipe.tokenizer, texts).to(device))[0]
+        return Cond({"tokens": tokens.float()})
 
     return Model(
         family="sd",
         identity={"path": config.path, "revision": config.revision or ""},
         denoiser=UNetDenoiser(pipe.unet, discrete_schedule(pipe, path)),
         latent_shape=(channels, size, size),
-        encode_prompts=encode_prompts,
+        encode_prompts=in_batches(encode),
         decode=vae_decoder(pipe.vae),
         encode_images=vae_encoder(pipe.vae),
         grid=lambda sampler, num_steps: discrete_grid(pipe, sampler, num_steps),
