@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -21,11 +21,19 @@ STAGE_HELP = {
     "report": "write report.html and report.json",
 }
 TABLES = ("rewards", "methods", "families", "filters", "refiners", "settings")
+EXPORTS = {
+    "diffusers": "a folder for from_pretrained",
+    "lora": "adapters for load_lora_weights",
+    "kohya": "adapters for ComfyUI and A1111",
+    "single-file": "one file for ComfyUI, A1111 and from_single_file",
+}
+DTYPES = ("float32", "float16", "bfloat16")
 EXAMPLES = """examples:
   craftune run recipes/demo.toml                        everything; again: only what is missing
   craftune run recipes/demo.toml --set train.steps=300 --set run.name=longer
   craftune select recipes/demo.toml --redo              one stage, anew
   craftune explain runs/demo --prompt "a red circle"    why its images were chosen or not
+  craftune export runs/demo --to single-file            the tuned model as others load it
 """
 
 
@@ -122,9 +130,30 @@ def _parser() -> argparse.ArgumentParser:
     which = explain.add_mutually_exclusive_group()
     which.add_argument("--candidate", help="its id, <prompt id>-<variant>-<sample>")
     which.add_argument("--prompt", help="a prompt's id or text")
+    _add_export(commands.add_parser("export", help="hand the tuned model on in another format"))
     names = commands.add_parser("list", help="the names and settings that recipes may use")
     names.add_argument("table", choices=TABLES, metavar="table", help=", ".join(TABLES))
     return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
+    parser.add_argument(
+        "--to", required=True, choices=EXPORTS, metavar="FORMAT", help=_listed(EXPORTS)
+    )
+    parser.add_argument("--out", type=Path, help="new folder; default: <run>/export/<format>")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: as the run saved them"
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the export; token from HF_TOKEN or login",
+    )
+
+
+def _listed(table: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in table.items())
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -167,10 +167,29 @@ def _asked(options: argparse.Namespace, pool: Pool) -> tuple[int, int | None]:
     return int(pool.row[rows[0]]), None
 
 
+def export(options: argparse.Namespace) -> int:
+    """The tuned model in a format of others, compared with the trained one before it is kept."""
+    from craftune import exporting  # imports diffusers
+
+    out, check = exporting.export(options.run, options.to, options.out, options.dtype)
+    print(out)
+    print(
+        f"loaded with {check.loader}, {check.pictures} pictures in {check.num_steps} steps: differ "
+        f"from the trained model's by {check.difference:.2g} of full brightness on average "
+        f"(limit {check.limit:.2g}; the base's differ by {check.change:.2g})"
+    )
+    if options.push_to_hub:
+        from craftune.exporting.hub import push
+
+        print(push(out, options.push_to_hub))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
     "check": check,
     "explain": explain,
+    "export": export,
     "list": list_names,
 }
 """Name on the command line -> what it does; the stages' own commands are `run` of one stage."""

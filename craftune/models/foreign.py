@@ -1,0 +1,103 @@
+"""Models as others load and draw with them: diffusers' own pipelines, without our samplers."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from craftune.models import common
+from craftune.records import read_json
+
+UNGUARDED = {"safety_checker": None, "requires_safety_checker": False}
+"""For Stable Diffusion 1.x: a checker would black pictures out."""
+
+
+def open_folder(
+    folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None
+) -> Any:
+    """`DiffusionPipeline.from_pretrained` of a diffusers folder."""
+    common.quiet()
+    kind = read_json(folder / "model_index.json")["_class_name"]
+    parts: dict[str, Any] = UNGUARDED if kind == "StableDiffusionPipeline" else {}
+    return DiffusionPipeline.from_pretrained(
+        folder, dtype=dtype, variant=variant, local_files_only=True, **parts
+    )
+
+
+def open_file(file: Path, config: Path) -> Any:
+    """`from_single_file` of a one-file checkpoint, in float32.
+
+    Args:
+        config: a diffusers folder with the settings (not the weights) of the parts, else the hub
+            would be asked for them.
+    """
+    common.quiet()
+    kind = type(open_folder(config))
+    return kind.from_single_file(file, config=str(config), dtype=torch.float32)
+
+
+def open_lora(base: Path, file: Path, variant: str | None = None) -> Any:
+    """`load_lora_weights` on the base's pipeline, merged into its weights, in float32."""
+    pipe = open_folder(base, variant=variant)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    pipe.fuse_lora(components=["unet" if hasattr(pipe, "unet") else "transformer"])
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    rounded_to: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    size: tuple[int, int] | None = None,
+) -> Float[Tensor, "b 3 y x"]:
+    """One picture per prompt by the pipeline's own call, in [0, 1]; picture i has seed i.
+
+    Args:
+        rounded_to: every weight is rounded to this first, so that two checkpoints which differ by
+            the precision they are stored in draw the same.
+        dtype: of the computation.
+        size: height and width in pixels; by default the pipeline's.
+    """
+    pipe.to(rounded_to).to(device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = size or (None, None)
+    pictures = pipe(
+        list(prompts),
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+        output_type="pt",
+        height=height,
+        width=width,
+    )
+    return pictures.images.float().cpu()
+
+
+def write_folder(model: Path, base: Path, out: Path, dtype: torch.dtype) -> None:
+    """A diffusers folder in `dtype` that older releases of transformers load as well.
+
+    Args:
+        model: the diffusers folder.
+        base: what it was tuned from; the tokenizers' files come from it where transformers 5 no
+            longer writes them.
+    """
+    pipe = open_folder(model, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    network: nn.Module = getattr(pipe, name)
+    common.save_pipeline(pipe, out, name, network, dtype)
+    for tokenizer in base.glob("tokenizer*"):
+        for file in tokenizer.iterdir():
+            if not (out / tokenizer.name / file.name).exists():
+                shutil.copy(file, out / tokenizer.name / file.name)
