@@ -21,6 +21,7 @@ from craftune.recipes import keys_of, load_recipe, settings
 from craftune.records import read_json
 from craftune.refiners import FROM_FILE, REFINERS
 from craftune.rewards import REWARDS
+from craftune.rewards.published import Published
 from craftune.runs import stage_folder
 from craftune.selection import FILTERS, NothingSelected, SelectConfig, select
 from craftune.stages.select import Pool, load_pool
@@ -85,6 +86,9 @@ def list_names(options: argparse.Namespace) -> int:
     table = tables[options.table]
     width = max(map(len, table))
     for name, entry in table.items():
+        if isinstance(entry, Published):
+            _print_published(name, entry, width)
+            continue
         text = entry if isinstance(entry, str) else (inspect.getdoc(entry) or "").splitlines()[0]
         print(f"{name:<{width}}  {text}")
     if options.table in ("rewards", "refiners"):
@@ -92,6 +96,14 @@ def list_names(options: argparse.Namespace) -> int:
     if options.table == "filters":
         print("\nLetters are select.roles; a list of rewards is a filter, too.")
     return 0
+
+
+def _print_published(name: str, entry: Published, width: int) -> None:
+    print(f"{name:<{width}}  {entry.about}")
+    gap = " " * (width + 2)
+    print(f"{gap}{entry.source}; {entry.licence}; {entry.download}")
+    keys = " ".join(key for _, key, _ in keys_of(entry.settings, ""))
+    print(f'{gap}[reward."{name}"]: {keys}')
 
 
 def _print_keys(rows: Iterable[tuple[str, str, str]]) -> None:

@@ -227,3 +227,5 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    reward: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of published rewards, e.g. [reward.pickscore]; see `craftune list rewards`."""

@@ -21,6 +21,14 @@ def to_tensor(images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB; alpha is dropped, 16 bits keep their upper eight."""
+    if image.mode.startswith("I;16"):  # convert() would cut off everything above 255
+        values = np.asarray(image).astype(np.uint16)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def encode_png(image: Image.Image) -> bytes:
     """A lossless file; level 1 costs a quarter of the default's time."""
     buffer = io.BytesIO()
@@ -30,4 +38,4 @@ def encode_png(image: Image.Image) -> bytes:
 
 def decode(data: bytes) -> Image.Image:
     """The picture of a file's bytes, as RGB."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return to_rgb(Image.open(io.BytesIO(data)))

@@ -17,6 +17,7 @@ from craftune.plan import stages
 from craftune.records import write_json
 from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
 from craftune.selection import NothingSelected, select
+from craftune.stages.score import CUT
 
 SENTENCES = {
     "prompts": "{prompts:,} of {rows:,} rows to train on, {evaluation_prompts:,} to compare on",
@@ -50,6 +51,8 @@ def check(recipe: Recipe) -> None:
     """
     rewards.check_names(recipe.score.rewards, "score.rewards")
     rewards.check_names(recipe.evaluate.rewards, "evaluate.rewards")
+    rewards.check_settings(recipe.reward)
+    rewards.made_from((*recipe.score.rewards, *recipe.evaluate.rewards), recipe.reward)
     if recipe.refine.by != refiners.FROM_FILE:
         refiners.load(recipe.refine.by)
     elif not recipe.refine.source:
@@ -159,5 +162,8 @@ def _execute(folder: Path, stage: Stage) -> None:
     )
     state = f"{record['seconds']:7.1f} s" if worked else "  already"
     text = SENTENCES[stage.name].format_map(counts) + (f" (rejected: {rejected})" * bool(rejected))
+    for name, n in counts.items():
+        if name.startswith(CUT):
+            text += f"; {n:,} of {counts['prompts']:,} {name}"
     number = STAGES.index(stage.name) + 1
     print(f"{number} {stage.name:<8} {state}  {text}", file=sys.stderr, flush=True)

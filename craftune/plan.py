@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from craftune import methods, models
+from craftune import methods, models, rewards
 from craftune.config import ModelConfig, Recipe
 from craftune.plugins import source_sha256
 from craftune.records import canonical, sha256
@@ -22,7 +22,7 @@ from craftune.stages.report import report
 from craftune.stages.score import score
 from craftune.stages.select import choose
 from craftune.stages.train import train
-from craftune.types import Model
+from craftune.types import Model, Reward
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class _Plan:
     def load(self, config: ModelConfig) -> Model:
         """A checkpoint on the run's device."""
         return models.load(config, self.device)
+
+    def reward(self, name: str) -> Reward:
+        """A reward on the run's device."""
+        return rewards.load(name, self.device, self.recipe.reward)
+
+    def weights(self, names: Iterable[str]) -> dict[str, Any]:
+        """Which weights the published rewards among these have."""
+        found = rewards.made_from(names, self.recipe.reward)
+        return {"reward": found} if found else {}
 
     def only(self, section: str, *keys: str) -> dict[str, Any]:
         """These keys of a section."""
@@ -118,8 +127,11 @@ def _pool(plan: _Plan) -> list[Stage]:
         Stage(
             "score",
             reads=("generate",),
-            made_from={"score": plan.only("score", "rewards")},
-            work=lambda out: score(recipe.score, at["generate"], out),
+            made_from={
+                "score": plan.only("score", "rewards"),
+                **plan.weights(recipe.score.rewards),
+            },
+            work=lambda out: score(recipe.score, at["generate"], out, plan.reward),
             code=_code(recipe.score.rewards, "score.rewards"),
             device=device,
         ),
@@ -163,6 +175,7 @@ def _tuning(plan: _Plan) -> list[Stage]:
                 "generate": plan.without("generate", "batch_size"),
                 "score": plan.only("score", "rewards"),
                 "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
+                **plan.weights(names),
             },
             work=lambda out: _compare(plan, names, out),
             code=_code(names, "evaluate.rewards"),
@@ -175,11 +188,11 @@ def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
     """Base, then tuned, on the evaluation prompts."""
     recipe, prompts = plan.recipe, plan.at["prompts"] / "evaluation.jsonl"
     tuned = ModelConfig(str(plan.at["train"] / "model"), dtype=recipe.model.dtype)
-    counts = {}
+    counts: dict[str, int] = {}
     for arm, config in (("base", recipe.model), ("tuned", tuned)):
         model, seed = plan.load(config), recipe.run.seed
-        counts[f"{arm} images"] = evaluate(
-            arm, recipe.evaluate, recipe.generate, model, names, seed, prompts, out
+        counts |= evaluate(
+            arm, recipe.evaluate, recipe.generate, model, names, seed, prompts, out, plan.reward
         )
     shutil.copy(prompts, out / "prompts.jsonl")
     return counts

@@ -99,7 +99,7 @@ def _toml(value: Any) -> str:
 def _apply(data: dict[str, Any], override: str) -> None:
     """Set one dotted key in place."""
     key, separator, text = override.partition("=")
-    *sections, name = [part.strip() for part in key.split(".")]
+    *sections, name = _parts(key)
     if not separator or not sections or not all([*sections, name]):
         raise UserError(f"--set {override!r}: expected section.key=value, e.g. train.steps=50")
     try:
@@ -111,6 +111,18 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise UserError(f"--set {override!r}: {section!r} is a value, not a section")
     data[name] = value
+
+
+def _parts(key: str) -> list[str]:
+    """Of a dotted key; a part with a dot in it is quoted, as in reward."hpsv2.1".path."""
+    try:
+        found, parts = tomllib.loads(f"{key} = 0"), []
+    except tomllib.TOMLDecodeError:
+        return [part.strip() for part in key.split(".")]
+    while isinstance(found, dict):
+        ((part, found),) = found.items()
+        parts.append(part)
+    return parts
 
 
 def _validate(data: dict[str, Any], source: str) -> Recipe:

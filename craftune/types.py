@@ -74,6 +74,31 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class Inputs(Protocol):
+    """How a reward's network sees a picture, by its size."""
+
+    def plan(self, size: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
+        """For pictures of (width, height): a hashable function to one input of the network.
+
+        Plans that are equal give equal inputs, so rewards share what equal plans made.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How much of a prompt a reward reads.
+
+    Attributes:
+        tokens: at most so many, start and end included.
+        cuts: whether a prompt is longer.
+    """
+
+    tokens: int
+    cuts: Callable[[str], bool]
+
+
 @dataclass(frozen=True)
 class Reward:
     """A function images, prompts -> one number per image, higher is better.
@@ -87,6 +112,10 @@ class Reward:
         gradient: float images `[b, 3, h, w]` in [0, 1] and prompts -> `[b]` with a gradient to
             the pixels; None where the reward has none.
         uses_prompt: False where the prompt does not change the score.
+        inputs: how the network sees a picture; None where `score` needs the picture itself.
+        score_inputs: inputs, stacked, and prompts -> what `score` gives; None without `inputs`.
+        limit: how much of a prompt is read; None where all of it is.
+        display_scale: tables show the score times this; stored scores are raw.
     """
 
     name: str
@@ -94,6 +123,10 @@ class Reward:
     identity: Mapping[str, str]
     gradient: Callable[[Tensor, list[str]], Tensor] | None = None
     uses_prompt: bool = True
+    inputs: Inputs | None = None
+    score_inputs: Callable[[Tensor, list[str]], Tensor] | None = None
+    limit: PromptLimit | None = None
+    display_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def _new_process(where: Path) -> Iterator[None]:
                 file = getattr(sys.modules[name], "__file__", None) or ""
                 if file.startswith(str(where)):
                     del sys.modules[name]
-            craftune.rewards.load.cache_clear()
+            craftune.rewards.unload()
 
 
 def files(folder: Path) -> dict[str, str]:

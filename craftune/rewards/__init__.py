@@ -1,21 +1,36 @@
 """Rewards: images and prompts -> one number per image. `REWARDS` is the table of names.
 
-A reward is a factory without arguments that returns a `Reward`; weights load inside it, once
-per process. Out of tree, write "package.module:name" wherever a name is accepted: a factory of
-a `Reward`, or simply a function (images, prompts) -> one number per image.
+An entry is a factory without arguments that returns a `Reward`, or a `Published` reward: weights
+from the hub or a folder, with settings. Either is loaded once per process (and device). Out of
+tree, write "package.module:name" wherever a name is accepted: a factory of a `Reward`, or simply a
+function (images, prompts) -> one number per image.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
 
 from craftune.errors import UserError, unknown_name
 from craftune.plugins import imported
+from craftune.rewards.aesthetic import aesthetic
+from craftune.rewards.clipscore import clipscore
 from craftune.rewards.custom import from_import_path
+from craftune.rewards.hps import hps
 from craftune.rewards.jpeg import compressibility, incompressibility
+from craftune.rewards.pickscore import pickscore
+from craftune.rewards.published import Published
+from craftune.rewards.weights import digest
 from craftune.shapes.rewards import shapes_a, shapes_h, shapes_i, shapes_p, shapes_verifier
 from craftune.types import Reward
 
-REWARDS: dict[str, Callable[[], Reward]] = {
+REWARDS: dict[str, Callable[[], Reward] | Published] = {
+    "hpsv2.1": hps("hpsv2.1"),
+    "hpsv2.0": hps("hpsv2.0"),
+    "pickscore": pickscore,
+    "aesthetic": aesthetic,
+    "clipscore": clipscore,
     "jpeg-compressibility": compressibility,
     "jpeg-incompressibility": incompressibility,
     "shapes-h": shapes_h,
@@ -24,6 +39,11 @@ REWARDS: dict[str, Callable[[], Reward]] = {
     "shapes-i": shapes_i,
     "shapes-verifier": shapes_verifier,
 }
+
+CPU = torch.device("cpu")
+
+Settings = Mapping[str, Mapping[str, Any]]
+"""Reward -> its section [reward."NAME"] of a recipe."""
 
 
 def check_names(names: Iterable[str], key: str) -> None:
@@ -44,8 +64,59 @@ def check_names(names: Iterable[str], key: str) -> None:
             raise UserError(f"{key}: {unknown_name('reward', name, REWARDS)}; {hint}")
 
 
-@functools.cache
-def load(name: str) -> Reward:
-    """The reward of this name or import path, loaded once per process."""
+def check_settings(settings: Settings) -> None:
+    """Refuse sections of no published reward, unknown keys and values out of range.
+
+    Raises:
+        UserError: names the recipe key.
+    """
+    published = {name: entry for name, entry in REWARDS.items() if isinstance(entry, Published)}
+    for name, given in settings.items():
+        if name not in published:
+            hint = 'a name with a dot is quoted, as in [reward."hpsv2.1"]'
+            raise UserError(f"reward.{name}: {unknown_name('reward', name, published)}; {hint}")
+        published[name].configured(name, given)
+
+
+def made_from(names: Iterable[str], settings: Settings) -> dict[str, dict[str, Any]]:
+    """Settings and sha256 of the weights of the published rewards among these.
+
+    Weights that are not here yet are downloaded.
+
+    Raises:
+        UserError: wrong settings, or weights that are not to be had; says what to fetch.
+    """
+    found = {}
+    for name in dict.fromkeys(names):
+        entry = REWARDS.get(name)
+        if isinstance(entry, Published):
+            config = entry.configured(name, settings.get(name, {}))
+            weights = {"path_sha256": digest(entry.files(config))}
+            found[name] = {key: vars(config)[key] for key in config.__dataclass_fields__} | weights
+    return found
+
+
+def load(name: str, device: torch.device = CPU, settings: Settings | None = None) -> Reward:
+    """The reward of this name or import path, loaded once per process, device and settings.
+
+    Raises:
+        UserError: unknown name, wrong settings, or weights that are not to be had.
+    """
     check_names([name], "reward")
-    return REWARDS[name]() if name in REWARDS else from_import_path(name)
+    entry = REWARDS.get(name)
+    if not isinstance(entry, Published):
+        return _loaded(name, CPU, None)
+    return _loaded(name, device, entry.configured(name, (settings or {}).get(name, {})))
+
+
+def unload() -> None:
+    """Forget all loaded rewards; their memory is free once nobody holds them."""
+    _loaded.cache_clear()
+
+
+@functools.cache
+def _loaded(name: str, device: torch.device, config: Any) -> Reward:
+    entry = REWARDS.get(name)
+    if isinstance(entry, Published):
+        return entry.load(config, device)
+    return entry() if entry else from_import_path(name)

@@ -45,7 +45,8 @@ def from_import_path(path: str) -> Reward:
         )
     given = {str(key): str(value) for key, value in made.identity.items()}
     identity |= given | {"sha256": f"{identity['sha256']} {given.get('sha256', '')}".strip()}
-    return replace(made, name=path, score=_guarded(path, made.score), identity=identity)
+    score = _guarded(path, made.score)
+    return replace(made, name=path, score=score, identity=identity, inputs=None, score_inputs=None)
 
 
 def _takes_arguments(function: Callable[..., Any]) -> bool:

@@ -1,5 +1,6 @@
 """Stage `evaluate`: base and tuned draw the same held-out prompts with the same noise."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from craftune.progress import track
 from craftune.records import Prompt, read_rows, read_table, write_table
 from craftune.seeds import stream_seed
 from craftune.stages.generate import Request, draw_images
-from craftune.stages.score import score_rows, scored_with
+from craftune.stages.score import cut_prompts, score_rows, scored_with
 from craftune.types import Model, Reward
 
 IMAGE = pa.schema(
@@ -50,8 +51,9 @@ def evaluate(
     seed: int,
     prompts: Path,
     out: Path,
-) -> int:
-    """Draw and score one model's images. Returns their number.
+    load: Callable[[str], Reward] = rewards.load,
+) -> dict[str, int]:
+    """Draw and score one model's images. Returns their number, and which prompts were cut.
 
     Args:
         arm: "base" or "tuned".
@@ -60,11 +62,12 @@ def evaluate(
         seed: the noise depends on it, the prompt and the image's number, not on the arm.
         prompts: evaluation.jsonl.
         out: receives images-<arm>-*.parquet and scores-<arm>-*.parquet; finished ones are kept.
+        load: a reward by its name, on the device where it is to run.
     """
     rows = _plan(arm, config, seed, read_rows(Prompt, prompts))
     size = drawing.shard_size
     empty = model.encode_prompts([""])
-    loaded = [rewards.load(name) for name in dict.fromkeys(names)]
+    loaded = [load(name) for name in dict.fromkeys(names)]
     starts = range(0, len(rows), size)
     left = [start for start in starts if not _finished(loaded, *_files(out, arm, start, size))]
     finished = min(len(rows), (len(starts) - len(left)) * size)
@@ -83,7 +86,8 @@ def evaluate(
             for s in score_rows(loaded, table, 64)
         ]
         write_table(scores, [{k: s[k] for k in SCORE.names} for s in scored], SCORE)
-    return len(rows)
+    texts = dict.fromkeys(row["prompt"] for row in rows)
+    return {f"{arm} images": len(rows)} | cut_prompts(loaded, texts)
 
 
 def _finished(loaded: list[Reward], images: Path, scores: Path) -> bool:

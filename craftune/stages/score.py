@@ -1,6 +1,6 @@
 """Stage `score`: the pool -> one number per candidate and reward, against the original prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,16 @@ from craftune.progress import track
 from craftune.records import SCORE, canonical, read_table, write_table
 from craftune.types import Reward
 
+CUT = "prompts cut at "
+"""How the counts begin of prompts that a reward reads only in part."""
 
-def score(config: ScoreConfig, pool: Path, out: Path) -> dict[str, int]:
+
+def score(
+    config: ScoreConfig,
+    pool: Path,
+    out: Path,
+    load: Callable[[str], Reward] = rewards.load,
+) -> dict[str, int]:
     """Score every candidate with every reward (CRAFT, Eq. 3: always the original prompt).
 
     Finished shards are kept: a killed run goes on with the first missing one. A shard that was
@@ -26,19 +34,31 @@ def score(config: ScoreConfig, pool: Path, out: Path) -> dict[str, int]:
     Args:
         pool: folder of part-*.parquet with the schema `records.CANDIDATE`.
         out: receives part-*.parquet of the same names with the schema `records.SCORE`.
+        load: a reward by its name, on the device where it is to run.
 
     Raises:
         UserError: a reward failed, gave the wrong number of scores or one that is not finite.
     """
-    loaded = [rewards.load(name) for name in config.rewards]
+    loaded = [load(name) for name in config.rewards]
     shards = sorted(pool.glob("part-*.parquet"))
     left = [shard for shard in shards if not scored_with(loaded, out / shard.name)]
     finished = len(shards) - len(left)
     for shard in track(left, "score", len(shards), "shard", done=finished):
         rows = read_table(shard, ["id", "prompt", "image"]).to_pylist()
         write_table(out / shard.name, score_rows(loaded, rows, config.batch_size), SCORE)
-    count = read_table(shards, ["id"]).num_rows
-    return {"candidates": count, "scores": count * len(loaded)}
+    prompts = read_table(shards, ["prompt"])["prompt"]
+    counts = {"candidates": len(prompts), "scores": len(prompts) * len(loaded)}
+    return counts | cut_prompts(loaded, prompts.unique().to_pylist())
+
+
+def cut_prompts(loaded: Sequence[Reward], prompts: Iterable[str]) -> dict[str, int]:
+    """How many of these distinct prompts each reward reads only in part, for the log."""
+    prompts, counts = list(prompts), {}
+    for reward in loaded:
+        cut = sum(reward.limit.cuts(prompt) for prompt in prompts) if reward.limit else 0
+        if reward.limit and cut:
+            counts[f"{CUT}{reward.limit.tokens} tokens by {reward.name}"] = cut
+    return counts | {"prompts": len(prompts)} if counts else {}
 
 
 def scored_with(loaded: Sequence[Reward], path: Path) -> bool:
@@ -60,9 +80,10 @@ def score_rows(
         batch = rows[start : start + batch_size]
         images = [decode(row["image"]["bytes"]) for row in batch]
         names, prompts = [row["id"] for row in batch], [row["prompt"] for row in batch]
+        inputs: dict[Any, Tensor] = {}
         for reward in loaded:
             identity = canonical(dict(reward.identity))
-            values = checked_score(reward, images, prompts, names)
+            values = checked_score(reward, images, prompts, names, inputs)
             scored += [
                 {"candidate": name, "reward": reward.name, "value": value, "identity": identity}
                 for name, value in zip(names, values.tolist(), strict=True)
@@ -72,16 +93,23 @@ def score_rows(
 
 @torch.no_grad()
 def checked_score(
-    reward: Reward, images: list[Image.Image], prompts: list[str], names: list[str]
+    reward: Reward,
+    images: list[Image.Image],
+    prompts: list[str],
+    names: list[str],
+    inputs: dict[Any, Tensor],
 ) -> Tensor:
     """A reward's scores, `[b]`.
+
+    Args:
+        inputs: what other rewards' networks saw of these images, and from now on this one's.
 
     Raises:
         UserError: a prompt that the reward cannot judge, or not one finite number per image; names
             the reward and the candidate.
     """
     try:
-        values = reward.score(images, prompts)
+        values = _score(reward, images, prompts, inputs)
     except UserError:
         raise
     except ValueError as error:
@@ -99,3 +127,16 @@ def checked_score(
             "recipe, and run again"
         )
     return values.float()
+
+
+def _score(
+    reward: Reward, images: list[Image.Image], prompts: list[str], inputs: dict[Any, Tensor]
+) -> Tensor:
+    """By the inputs that rewards share, where this one has such."""
+    if reward.inputs is None or reward.score_inputs is None:
+        return reward.score(images, prompts)
+    keys = [(i, reward.inputs.plan(image.size)) for i, image in enumerate(images)]
+    for key, image in zip(keys, images, strict=True):
+        if key not in inputs:
+            inputs[key] = key[1](image)
+    return reward.score_inputs(torch.stack([inputs[key] for key in keys]), prompts)

@@ -37,7 +37,7 @@ def run(
     names: tuple[str, ...] = NAMES,
     drawing: GenerateConfig = DRAWING,
     seed: int = 0,
-) -> int:
+) -> dict[str, int]:
     config = EvaluateConfig(images_per_prompt=2)
     return evaluate(arm, config, drawing, model, names, seed, prompts, prompts.parent)
 
@@ -48,7 +48,8 @@ def images(prompts: Path, arm: str) -> list[dict]:
 
 def test_both_arms_draw_the_same_with_the_same_noise(model: Model, prompts: Path) -> None:
     """With one model for both, every picture is the same, byte by byte."""
-    assert run("base", model, prompts) == run("tuned", model, prompts) == 6
+    assert run("base", model, prompts) == {"base images": 6}
+    assert run("tuned", model, prompts) == {"tuned images": 6}
     base, tuned = images(prompts, "base"), images(prompts, "tuned")
     keys = ("prompt_id", "prompt", "category", "sample", "seed", "image")
     assert [{k: row[k] for k in keys} for row in base] == [
@@ -98,9 +99,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     made = Reward("counted", score, {"name": "counted", "version": "1"})
     monkeypatch.setitem(rewards.REWARDS, "counted", lambda: made)
-    rewards.load.cache_clear()
+    rewards.unload()
     yield seen
-    rewards.load.cache_clear()
+    rewards.unload()
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,11 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     def install(function: Score, name: str = "mine", version: str = "1") -> str:
         made = Reward(name, function, {"name": name, "version": version})
         monkeypatch.setitem(rewards.REWARDS, name, lambda: made)
-        rewards.load.cache_clear()
+        rewards.unload()
         return name
 
     yield install
-    rewards.load.cache_clear()
+    rewards.unload()
 
 
 def level(images: list[Image.Image], prompts: list[str]) -> Tensor:
