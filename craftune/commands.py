@@ -66,6 +66,13 @@ def list_names(options: argparse.Namespace) -> int:
     """One line per name of a table."""
     if options.table == "settings":
         _print_keys(settings())
+        print()
+        _print_keys(
+            row
+            for name, entry in REWARDS.items()
+            if isinstance(entry, Published)
+            for row in keys_of(entry.settings, f'reward."{name}"')
+        )
         return 0
     if options.table == "methods":
         for number, (name, kind) in enumerate(METHODS.items()):
@@ -93,6 +100,8 @@ def list_names(options: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {text}")
     if options.table in ("rewards", "refiners"):
         print("\nYour own: package.module:function")
+    if options.table == "rewards":
+        print('Where weights lie, and in which dtype they run: [reward."NAME"] (list settings)')
     if options.table == "filters":
         print("\nLetters are select.roles; a list of rewards is a filter, too.")
     return 0
@@ -100,10 +109,7 @@ def list_names(options: argparse.Namespace) -> int:
 
 def _print_published(name: str, entry: Published, width: int) -> None:
     print(f"{name:<{width}}  {entry.about}")
-    gap = " " * (width + 2)
-    print(f"{gap}{entry.source}; {entry.licence}; {entry.download}")
-    keys = " ".join(key for _, key, _ in keys_of(entry.settings, ""))
-    print(f'{gap}[reward."{name}"]: {keys}')
+    print(f"{'':<{width}}  weights: {entry.source}; {entry.licence}; {entry.download}")
 
 
 def _print_keys(rows: Iterable[tuple[str, str, str]]) -> None:

@@ -113,12 +113,12 @@ def test_text_that_the_terminal_cannot_show_stops_nothing(done: Tiny) -> None:
 @pytest.mark.parametrize(
     ("table", "names"),
     [
-        ("rewards", [*REWARDS, "Your own: package.module:function"]),
+        ("rewards", [*REWARDS, "Your own: package.module:function", "Apache-2.0; 2.0 GB"]),
         ("refiners", [*REFINERS, "file", "Your own: package.module:function"]),
         ("methods", ["craft ", "[method.settings]", 'negatives = "drop"', "beta = 1", "sft "]),
         ("families", ["sd"]),
         ("filters", ["I_h", "I_hpa", "none"]),
-        ("settings", ["[train]", "steps = 120", "lora.rank", "[report]"]),
+        ("settings", ["[train]", "steps = 120", "lora.rank", "[report]", '[reward."hpsv2.1"]']),
     ],
 )
 def test_tables(tmp_path: Path, table: str, names: list[str]) -> None:

@@ -110,7 +110,7 @@ aesthetic = Published(
     AestheticSettings,
     _files,
     _load,
-    source="openai/clip-vit-large-patch14 and " + HEADS[0],
-    licence="MIT (tower), Apache-2.0 (head)",
+    source="openai/clip-vit-large-patch14, trl-lib/ddpo-aesthetic-predictor",
+    licence="MIT, Apache-2.0",
     download="1.7 GB",
 )

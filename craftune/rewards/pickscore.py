@@ -83,6 +83,6 @@ pickscore = Published(
     _files,
     _load,
     source="yuvalkirstain/PickScore_v1",
-    licence="MIT (code; the model card names none)",
+    licence="MIT (of the code)",
     download="3.9 GB",
 )

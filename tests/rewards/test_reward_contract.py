@@ -185,7 +185,8 @@ def test_which_rewards_have_a_gradient() -> None:
 def own_size(name: str) -> tuple[int, int]:
     """At which nothing is resized."""
     inputs = loaded(name).inputs
-    return (64, 64) if inputs is None else (inputs.plan((64, 64))(pictures(1)[0]).shape[-1],) * 2
+    edge = inputs.plan((64, 64))(pictures(1)[0]).shape[-1] if inputs else 64
+    return edge, edge
 
 
 @pytest.mark.parametrize("name", WITH_GRADIENT)
