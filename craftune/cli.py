@@ -29,6 +29,8 @@ EXPORTS = {
 }
 DTYPES = ("float32", "float16", "bfloat16")
 EXAMPLES = """examples:
+  craftune doctor                                       is this machine ready?
+  craftune plan recipes/craft-sdxl.toml                 what will it need, before you pay?
   craftune run recipes/demo.toml                        everything; again: only what is missing
   craftune run recipes/demo.toml --set train.steps=300 --set run.name=longer
   craftune select recipes/demo.toml --redo              one stage, anew
@@ -125,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         stage.set_defaults(command="run", stage=name)
     check = commands.add_parser("check", help="say what is wrong with a recipe, load nothing")
     _add_recipe(check)
+    plan = commands.add_parser("plan", help="estimate memory, disk and GPU-hours, load no weights")
+    _add_recipe(plan)
+    doctor = commands.add_parser("doctor", help="check this machine and say how to mend it")
+    doctor.add_argument("--out", type=Path, default=Path("runs"), help="where runs will be written")
     explain = commands.add_parser("explain", help="why a candidate was or was not chosen")
     explain.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
     which = explain.add_mutually_exclusive_group()

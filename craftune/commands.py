@@ -62,6 +62,23 @@ def _checked(options: argparse.Namespace) -> Recipe:
     return recipe
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Estimate what a recipe needs; loads no weights."""
+    from craftune.budget import budget
+
+    print(budget(load_recipe(options.recipe, options.set)))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Check this machine; 1 where something must be mended."""
+    from craftune.doctor import examine, page
+
+    findings = examine(options.out)
+    print(page(findings))
+    return int(any(finding.state == "wrong" for finding in findings))
+
+
 def list_names(options: argparse.Namespace) -> int:
     """One line per name of a table."""
     if options.table == "settings":
@@ -206,6 +223,8 @@ def export(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
     "check": check,
+    "plan": plan,
+    "doctor": doctor,
     "explain": explain,
     "export": export,
     "list": list_names,

@@ -26,7 +26,7 @@ from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
 from craftune.runs import Stage
 
-COMMANDS = ("run", *STAGES, "check", "explain", "export", "list")
+COMMANDS = ("run", *STAGES, "check", "plan", "doctor", "explain", "export", "list")
 
 
 @pytest.fixture(scope="module")
