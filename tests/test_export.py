@@ -209,7 +209,10 @@ def test_pictures_are_compared_at_one_precision(adapted: Tiny) -> None:
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        for pipe in (foreign.open_folder(run.model), foreign.open_lora(run.base, run.lora))
+        for pipe in (
+            foreign.open_folder(run.model),
+            foreign.with_lora(formats.open_base(run), run.lora),
+        )
     ]
     assert torch.equal(*both)
 

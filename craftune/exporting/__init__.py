@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 
 from craftune.errors import UserError
 from craftune.exporting.card import card
-from craftune.exporting.formats import FORMATS, Format
+from craftune.exporting.formats import FORMATS, Format, open_base
 from craftune.exporting.trained import Trained, read_trained
 from craftune.models import foreign
+from craftune.models.common import LOADING_ERRORS
 from craftune.pipeline import device_of
 from craftune.records import read_json, write_json, write_text
 
@@ -128,10 +129,10 @@ def compare(run: Trained, form: Format, out: Path, rounded_to: str) -> Check:
         )
 
     trained = drawn(foreign.open_folder(run.model))
-    base = drawn(foreign.open_folder(run.base, variant=run.recipe.model.variant))
+    base = drawn(open_base(run))
     try:
         exported = drawn(form.open(run, out))
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{run.folder}: the export does not load with {form.loader}: {reason}"

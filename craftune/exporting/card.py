@@ -119,14 +119,14 @@ def _base(run: Trained) -> str:
 
 def _loading(run: Trained, to: str, dtype: str) -> str:
     kind, name = PIPELINES[run.family], run.recipe.run.name
-    base = f'"{_base_name(run)}", dtype=torch.float16'
+    start = "from_single_file" if run.base.is_file() else "from_pretrained"
+    base = f'{start}("{_base_name(run)}", dtype=torch.float16)'
     precision = f"dtype=torch.{dtype}"
     code = {
         "diffusers": f'pipe = {kind}.from_pretrained("path/to/this/folder", {precision})',
         "single-file": f'pipe = {kind}.from_single_file("{name}.safetensors", {precision})',
-        "lora": f"pipe = {kind}.from_pretrained({base})\n"
-        'pipe.load_lora_weights("path/to/this/folder")',
-        "kohya": f"pipe = {kind}.from_pretrained({base})\n"
+        "lora": f'pipe = {kind}.{base}\npipe.load_lora_weights("path/to/this/folder")',
+        "kohya": f"pipe = {kind}.{base}\n"
         f'pipe.load_lora_weights("path/to/this/folder", weight_name="{name}.safetensors")',
     }[to]
     places = {

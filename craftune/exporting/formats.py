@@ -58,7 +58,7 @@ class Format:
 
 
 def _write_diffusers(run: Trained, dtype: torch.dtype, out: Path) -> None:
-    foreign.write_folder(run.model, run.base, out, dtype)
+    foreign.write_folder(run.model, run.settings, out, dtype)
     for config in [out / "model_index.json", *out.glob("*/config.json")]:
         value = read_json(config)
         value.pop("_name_or_path", None)  # where the base lay on this machine
@@ -177,10 +177,15 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     return {name: weight.to(dtype, copy=True).contiguous() for name, weight in weights.items()}
 
 
+def open_base(run: Trained) -> Any:
+    """diffusers' pipeline of what was tuned."""
+    return foreign.open_checkpoint(run.base, run.settings, run.recipe.model.variant)
+
+
 def _open_lora(file: str) -> Callable[[Trained, Path], Any]:
     def opened(run: Trained, out: Path) -> Any:
         (found,) = out.glob(file)
-        return foreign.open_lora(run.base, found, run.recipe.model.variant)
+        return foreign.with_lora(open_base(run), found)
 
     return opened
 

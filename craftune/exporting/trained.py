@@ -13,6 +13,8 @@ from torch import Tensor
 from craftune import models
 from craftune.config import Recipe
 from craftune.errors import UserError
+from craftune.models.files import checkpoint
+from craftune.models.single_file import settings_of
 from craftune.records import Prompt, read_json, read_rows
 from craftune.runs import done, stage_folder
 
@@ -25,7 +27,8 @@ class Trained:
         folder: the run's.
         recipe: as the run was made with.
         family: of the model.
-        base: the local folder of what was tuned.
+        base: what was tuned: a local diffusers folder or single file.
+        settings: the diffusers folder with the base's configs and tokenizers.
         weights: sha256 of every file that training wrote, by name.
         report: report.json, or None where the run has none yet.
         funnel: the selection's counts.
@@ -36,6 +39,7 @@ class Trained:
     recipe: Recipe
     family: str
     base: Path
+    settings: Path
     weights: Mapping[str, str]
     report: Mapping[str, Any] | None
     funnel: Mapping[str, int]
@@ -97,12 +101,14 @@ def read_trained(folder: Path) -> Trained:
     record = done(folder, "train")
     if record is None:
         raise UserError(f"{folder}: stage 'train' has not run; run `craftune run` first")
+    base = checkpoint(recipe.model)
     report = stage_folder(folder, "report") / "report.json"
     return Trained(
         folder=folder,
         recipe=recipe,
         family=models.family_of(recipe.model),
-        base=models.checkpoint_folder(recipe.model),
+        base=base,
+        settings=settings_of(base, recipe.model) if base.is_file() else base,
         weights={k: v for k, v in record["outputs"].items() if k.endswith(".safetensors")},
         report=read_json(report) if report.is_file() else None,
         funnel=read_json(stage_folder(folder, "select") / "selection.json")["funnel"],

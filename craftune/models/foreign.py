@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,14 +17,20 @@ UNGUARDED = {"safety_checker": None, "requires_safety_checker": False}
 """For Stable Diffusion 1.x: a checker would black pictures out."""
 
 
+def open_checkpoint(path: Path, settings: Path, variant: str | None = None) -> Any:
+    """A diffusers folder or single file in float32; `settings` as `open_file` needs them."""
+    if path.is_file():
+        return open_file(path, settings)
+    return open_folder(path, variant=variant)
+
+
 def open_folder(
     folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> Any:
     """`DiffusionPipeline.from_pretrained` of a diffusers folder."""
     common.quiet()
-    kind = read_json(folder / "model_index.json")["_class_name"]
-    parts: dict[str, Any] = UNGUARDED if kind == "StableDiffusionPipeline" else {}
-    return DiffusionPipeline.from_pretrained(
+    parts = UNGUARDED if _kind(folder) == "StableDiffusionPipeline" else {}
+    return diffusers.DiffusionPipeline.from_pretrained(
         folder, dtype=dtype, variant=variant, local_files_only=True, **parts
     )
 
@@ -37,13 +43,19 @@ def open_file(file: Path, config: Path) -> Any:
             would be asked for them.
     """
     common.quiet()
-    kind = type(open_folder(config))
-    return kind.from_single_file(file, config=str(config), dtype=torch.float32)
+    kind = getattr(diffusers, _kind(config))
+    parts = {"safety_checker": None} if kind is diffusers.StableDiffusionPipeline else {}
+    return kind.from_single_file(
+        str(file), config=str(config), dtype=torch.float32, local_files_only=True, **parts
+    )
 
 
-def open_lora(base: Path, file: Path, variant: str | None = None) -> Any:
-    """`load_lora_weights` on the base's pipeline, merged into its weights, in float32."""
-    pipe = open_folder(base, variant=variant)
+def _kind(folder: Path) -> str:
+    return read_json(folder / "model_index.json")["_class_name"]
+
+
+def with_lora(pipe: Any, file: Path) -> Any:
+    """`load_lora_weights` on the base's pipeline, merged into its weights."""
     pipe.load_lora_weights(file.parent, weight_name=file.name)
     pipe.fuse_lora(components=["unet" if hasattr(pipe, "unet") else "transformer"])
     pipe.unload_lora_weights()
@@ -89,8 +101,8 @@ def write_folder(model: Path, base: Path, out: Path, dtype: torch.dtype) -> None
 
     Args:
         model: the diffusers folder.
-        base: what it was tuned from; the tokenizers' files come from it where transformers 5 no
-            longer writes them.
+        base: a diffusers folder whose tokenizers' files are taken where transformers 5 no longer
+            writes them.
     """
     pipe = open_folder(model, dtype)
     pipe.set_progress_bar_config(disable=True)
