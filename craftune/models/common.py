@@ -31,7 +31,6 @@ LOADING_ERRORS = (
     ValueError,
     KeyError,
     RuntimeError,
-    NotImplementedError,
     SafetensorError,
     SingleFileComponentError,
 )

@@ -80,14 +80,23 @@ def from_file(
         settings: of `settings_of`.
         dtypes: of its parts by name, and of all others under "default".
         parts: given to diffusers as they are.
+
+    Raises:
+        ValueError: a weight is missing.
     """
-    pipe = pipeline.from_single_file(
-        str(path),
-        config=str(settings),
-        dtype=dtypes["default"],
-        local_files_only=True,
-        **parts,
-    )
+    try:
+        pipe = pipeline.from_single_file(
+            str(path),
+            config=str(settings),
+            dtype=dtypes["default"],
+            local_files_only=True,
+            **parts,
+        )
+    except NotImplementedError:  # torch's, of a weight that the file did not fill
+        raise ValueError(
+            f"it lacks a weight that the configs in {settings} ask for; copy it again, or set "
+            "model.config to a folder of its architecture"
+        ) from None
     for name, dtype in dtypes.items():
         if name != "default":
             getattr(pipe, name).to(dtype)
