@@ -1,6 +1,8 @@
 """The sampler: equal to diffusers' pipeline, exact on exact denoisers, right in its gradients."""
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
@@ -229,13 +231,14 @@ def test_noise_depends_on_its_own_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_images_do_not_depend_on_the_batch(sampler: str) -> None:
-    """Up to the summation order of float32: 2e-5 of the latents' scale."""
-    model = load_sd(kept_checkpoint())
+@pytest.mark.parametrize("checkpoint", [kept_checkpoint, kept_xl])
+def test_images_do_not_depend_on_the_batch(checkpoint: Callable[[], Path], sampler: str) -> None:
+    """Nor on the order, up to the summation order of float32: 2e-5 of the latents' scale."""
+    model = load_sd(checkpoint())
     cond, empty = model.encode_prompts(PROMPTS * 2), model.encode_prompts([""] * 4)
     noise, grid = initial_noise(range(4), model.latent_shape), model.grid(sampler, 5)
 
-    def draw(rows: slice) -> Tensor:
+    def draw(rows: slice | Tensor) -> Tensor:
         return sample(
             model.denoiser,
             noise[rows],
@@ -250,6 +253,8 @@ def test_images_do_not_depend_on_the_batch(sampler: str) -> None:
     for size in (1, 3):
         parts = torch.cat([draw(slice(i, min(i + size, 4))) for i in range(0, 4, size)])
         assert_same_latents(parts, whole, 2e-5)
+    order = torch.tensor([2, 0, 3, 1])
+    assert_same_latents(draw(order), whole[order], 2e-5)
 
 
 def test_guidance_by_hand() -> None:

@@ -1,14 +1,18 @@
 """What every family owes the pipeline, over the whole table."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from toy import kept_checkpoint, load_sd
 from toy_xl import kept_xl
 
-from craftune.config import ModelConfig
+from craftune.adapters import add_lora, merged
+from craftune.config import LoraConfig, ModelConfig
 from craftune.errors import UserError
 from craftune.models import FAMILIES, PIPELINES, family_of
 from craftune.types import Cond, Denoiser, Model
@@ -144,3 +148,51 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: Model) -> None:
         model.denoiser(x_t, t, cond).square().mean().backward()
         found.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     torch.testing.assert_close(found[0], found[1], atol=1e-7, rtol=1e-5)
+
+
+def network_of(path: Path) -> tuple[Any, torch.nn.Module]:
+    """A plain diffusers pipeline, as a user loads it, and its denoiser."""
+    pipe: Any = DiffusionPipeline.from_pretrained(path)
+    return pipe, pipe.components.get("unet", pipe.components.get("transformer"))
+
+
+def assert_equal_weights(found: torch.nn.Module, wanted: torch.nn.Module) -> None:
+    state = wanted.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    for name, weight in found.state_dict().items():
+        torch.testing.assert_close(weight, state[name], atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_saved_loads_everywhere_the_same(model: Model, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for i, weight in enumerate(model.denoiser.network.parameters()):
+            weight.mul_(1 + 0.1 * math.sin(i))
+    model.save(tmp_path, model.denoiser.network, torch.float32)
+    again, latents = load_sd(tmp_path), torch.randn(2, *model.latent_shape)
+    assert (again.family, again.latent_shape) == (model.family, model.latent_shape)
+    assert again.denoiser.schedule.target == model.denoiser.schedule.target
+    torch.testing.assert_close(again.denoiser.schedule.sigmas, model.denoiser.schedule.sigmas)
+    torch.testing.assert_close(ask(again, slice(0, 4)), ask(model, slice(0, 4)))
+    with torch.no_grad():
+        torch.testing.assert_close(again.decode(latents), model.decode(latents))
+    assert_equal_weights(network_of(tmp_path)[1], model.denoiser.network)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_adapters_load_in_a_plain_pipeline(case: tuple[str, int], tmp_path: Path) -> None:
+    path = CHECKPOINTS[case[0]][case[1]]()
+    model = load_sd(path)
+    network = model.denoiser.network
+    add_lora(network, LoraConfig(rank=2), model.lora_targets, seed=0)
+    with torch.no_grad():
+        for key, weight in network.named_parameters():
+            if "lora_B" in key:
+                weight.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_lora(tmp_path, network)
+    pipe, plain = network_of(path)
+    before = {key: weight.clone() for key, weight in plain.state_dict().items()}
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert_equal_weights(plain, merged(network))
+    assert any(not torch.equal(weight, before[key]) for key, weight in plain.state_dict().items())

@@ -16,7 +16,7 @@ from craftune.errors import UserError
 from craftune.models import checkpoint, family_of
 
 NAME = "some/model"
-HUB = """
+PUBLISHED = """
 README.md model_index.json v1-5-pruned.ckpt v1-5-pruned.safetensors pipeline.py
 scheduler/scheduler_config.json tokenizer/vocab.json tokenizer/merges.txt tokenizer/spiece.model
 text_encoder/config.json text_encoder/model.safetensors text_encoder/model.fp16.safetensors
@@ -27,8 +27,9 @@ unet/diffusion_pytorch_model.safetensors.index.json
 unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors
 unet/diffusion_pytorch_model.non_ema.safetensors unet/diffusion_pytorch_model.bin
 vae/config.json vae/diffusion_pytorch_model.safetensors
-""".split()
+"""
 """A repository with everything that published ones have in them."""
+HUB = PUBLISHED.split()
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'unet' needs code from 'my_unet', which is never run"):
         family_of(ModelConfig(path=str(tmp_path)))
     write_json(tmp_path / "model_index.json", {"_class_name": ["my_pipeline", "MyPipeline"]})
-    with pytest.raises(UserError, match="is of no known family"):
+    with pytest.raises(UserError, match="needs code from 'my_pipeline', which is never run"):
         family_of(ModelConfig(path=str(tmp_path)))
 
 
