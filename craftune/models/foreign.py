@@ -71,7 +71,6 @@ def draw(
     rounded_to: torch.dtype,
     dtype: torch.dtype,
     device: torch.device,
-    size: tuple[int, int] | None = None,
 ) -> Float[Tensor, "b 3 y x"]:
     """One picture per prompt by the pipeline's own call, in [0, 1]; picture i has seed i.
 
@@ -79,19 +78,20 @@ def draw(
         rounded_to: every weight is rounded to this first, so that two checkpoints which differ by
             the precision they are stored in draw the same.
         dtype: of the computation.
-        size: height and width in pixels; by default the pipeline's.
     """
     pipe.to(rounded_to).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    height, width = size or (None, None)
+    # FLUX's own default is 1024 whatever the checkpoint; craftune draws at its VAE's size.
+    flux = isinstance(pipe, diffusers.FluxPipeline)
+    side = pipe.vae.config.sample_size if flux else None
     pictures = pipe(
         list(prompts),
         num_inference_steps=num_steps,
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         output_type="pt",
-        height=height,
-        width=width,
+        height=side,
+        width=side,
     )
     return pictures.images.float().cpu()
 
