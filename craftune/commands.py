@@ -19,7 +19,7 @@ from craftune.methods import METHODS
 from craftune.models import FAMILIES
 from craftune.recipes import keys_of, load_recipe, settings
 from craftune.records import read_json
-from craftune.refiners import FROM_FILE, REFINERS
+from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
 from craftune.rewards.published import Published
 from craftune.runs import stage_folder
@@ -104,7 +104,7 @@ def list_names(options: argparse.Namespace) -> int:
     tables: dict[str, Mapping[str, Any]] = {
         "rewards": REWARDS,
         "families": FAMILIES,
-        "refiners": {**REFINERS, FROM_FILE: "Rewrites that refine.source holds."},
+        "refiners": REFINERS,
         "filters": {**filters, "none": "every candidate passes"},
     }
     table = tables[options.table]

@@ -4,6 +4,7 @@ Attribute docstrings are the manual; `craftune list settings` prints them. `craf
 reads a recipe into them.
 """
 
+import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -62,13 +63,57 @@ class PromptsConfig:
     """Which prompts the pool is drawn for."""
 
     source: str
-    """A .txt (one per line), .jsonl, .csv, .tsv or .parquet file."""
+    """A .txt (one per line), .jsonl, .json (a list), .csv, .tsv or .parquet file; or a dataset of
+    the hub, "hf://OWNER/NAME", "hf://OWNER/NAME@REVISION/FILE"."""
+    split: str = "train"
+    """Split of a dataset of the hub; not looked at where the source names a FILE."""
     column: str = "prompt"
     """Column or field of the text; for .csv and .tsv also matched without regard to case."""
     category: str = "category"
     """Column of a category for per-category tables; may be missing from the file."""
     limit: Natural = 0
     """Draw this many prompts by `run.seed`; 0 takes all."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ChatConfig:
+    """The language model of the refiners "transformers" and "openai"."""
+
+    model: str = ""
+    """A folder or hub id (transformers), or what the endpoint calls it, e.g. "qwen-plus"."""
+    revision: str | None = None
+    """transformers: branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """transformers: of the weights; "auto" is the checkpoint's own."""
+    base_url: str = "https://api.openai.com/v1"
+    """openai: address of the endpoint, up to and without /chat/completions."""
+    key_env: str = "OPENAI_API_KEY"
+    """openai: NAME of the environment variable that holds the key; the key is written nowhere."""
+    temperature: Positive = 0.9
+    """Larger makes rewrites more different from each other, and more often useless."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of probability that tokens are drawn from."""
+    max_tokens: Count = 1024
+    """Longest reply; all rewrites of a prompt are one reply."""
+    batch_size: Count = 16
+    """Prompts at once (transformers), or requests at once (openai)."""
+    timeout: Positive = 60.0
+    """openai: seconds to wait for one reply."""
+    retries: Natural = 6
+    """openai: of a request that failed (429, 5xx, no answer), with growing pauses."""
+
+    def __post_init__(self) -> None:
+        # Not said what was got: it may be the key itself.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError(
+                "refine.chat.key_env must be the NAME of an environment variable that holds the "
+                "key, such as DASHSCOPE_API_KEY; never write the key itself into a recipe"
+            )
+        if "@" in self.base_url or not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                "refine.chat.base_url must begin with http:// or https:// and hold no user or "
+                "password; the key comes from the variable that refine.chat.key_env names"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -81,6 +126,14 @@ class RefineConfig:
     """N: rewrites per prompt."""
     source: str = ""
     """For by = "file": a .jsonl with fields prompt and refined (a list of rewrites)."""
+    instruction: str = ""
+    """For a language model: a text file with {n} and {prompt} in it; empty takes ours."""
+    attempts: Count = 3
+    """For a language model: times that a prompt is asked for until all rewrites are usable."""
+    max_words: Count = 50
+    """For a language model: longest rewrite (CLIP reads 77 tokens, about 55 words), or the
+    prompt's own length where that is more."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
 
 @dataclass(frozen=True, config=STRICT)

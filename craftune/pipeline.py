@@ -32,7 +32,11 @@ SENTENCES = {
 }
 """What is said of a finished stage, from its counts."""
 
+NOTES = {"refine": ("prompts with fewer rewrites", "tokens in", "tokens out")}
+"""Counts that are said of a finished stage where they are there and not 0."""
+
 LESS_MEMORY = {
+    "refine": "lower refine.chat.batch_size",
     "generate": "lower generate.batch_size",
     "score": "lower score.batch_size",
     "train": "lower train.micro_batch, or set train.gradient_checkpointing = true",
@@ -53,10 +57,7 @@ def check(recipe: Recipe) -> None:
     rewards.check_names(recipe.evaluate.rewards, "evaluate.rewards")
     rewards.check_settings(recipe.reward)
     rewards.made_from((*recipe.score.rewards, *recipe.evaluate.rewards), recipe.reward)
-    if recipe.refine.by != refiners.FROM_FILE:
-        refiners.load(recipe.refine.by)
-    elif not recipe.refine.source:
-        raise UserError("refine.source: missing; refine.by = 'file' reads the rewrites from it")
+    refiners.check(recipe.refine)
     methods.build(recipe.method.name, recipe.method.settings)
     optimizers.check_installed(recipe.train.optimizer)
     _check_selection(recipe)
@@ -160,10 +161,12 @@ def _execute(folder: Path, stage: Stage) -> None:
         for name, n in counts.items()
         if n and name.startswith("rejected: ")
     )
+    notes = [f"; {counts[name]:,} {name}" for name in NOTES.get(stage.name, ()) if counts.get(name)]
     state = f"{record['seconds']:7.1f} s" if worked else "  already"
     text = SENTENCES[stage.name].format_map(counts) + (f" (rejected: {rejected})" * bool(rejected))
     for name, n in counts.items():
         if name.startswith(CUT):
             text += f"; {n:,} of {counts['prompts']:,} {name}"
+    text += "".join(notes)
     number = STAGES.index(stage.name) + 1
     print(f"{number} {stage.name:<8} {state}  {text}", file=sys.stderr, flush=True)

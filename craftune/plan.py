@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from craftune import methods, models, rewards
+from craftune import methods, models, refiners, rewards
 from craftune.config import ModelConfig, Recipe
 from craftune.plugins import source_sha256
 from craftune.records import canonical, sha256
@@ -97,8 +97,10 @@ def _texts(plan: _Plan) -> list[Stage]:
         Stage(
             "refine",
             reads=("prompts",),
-            made_from={**run, "refine": plan.settings["refine"] | _content(recipe.refine.source)},
-            work=lambda out: refine(recipe.refine, seed, plan.at["prompts"] / "prompts.jsonl", out),
+            made_from={**run, "refine": refiners.made_from(recipe.refine)},
+            work=lambda out: refine(
+                recipe.refine, seed, plan.at["prompts"] / "prompts.jsonl", out, str(plan.device)
+            ),
             code=_code([recipe.refine.by], "refine.by"),
         ),
     ]

@@ -39,7 +39,7 @@ def imported(path: str, key: str) -> tuple[Callable[..., Any], ModuleType]:
 
 def source_sha256(path: str, key: str) -> str:
     """Digest of the source file of a function from outside; "" for one without a file."""
-    file = imported(path, key)[1].__file__
+    file = getattr(imported(path, key)[1], "__file__", None)
     return sha256(Path(file)) if file else ""
 
 

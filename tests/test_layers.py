@@ -23,6 +23,7 @@ ONLY_IN = {
     ],
     "bitsandbytes": ["craftune.optimizers"],
     "accelerate": ["craftune.training*", "craftune.stages"],
+    "openai": ["craftune.refiners"],
     "peft": ["craftune.adapters", "craftune.models", "craftune.training*"],
     # nothing in the pipeline knows the world: it enters by the two tables
     "craftune.shapes": ["craftune.shapes", "craftune.rewards=", "craftune.refiners="],

@@ -112,4 +112,4 @@ def test_a_file_of_rewrites_that_does_not_do(tmp_path: Path, text: str, said: st
 
 def test_no_refiner_of_that_name() -> None:
     with pytest.raises(UserError, match="did you mean 'template'"):
-        refiners.load("tmeplate")
+        refiners.check(RefineConfig(by="tmeplate"))
