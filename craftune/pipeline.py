@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from craftune import methods, models, optimizers, refiners, rewards
 from craftune.config import Recipe
 from craftune.errors import UserError
+from craftune.hub_prompts import on_hub, parse
 from craftune.plan import stages
 from craftune.records import write_json
 from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
@@ -63,7 +64,9 @@ def check(recipe: Recipe) -> None:
     _check_selection(recipe)
     for section in ("prompts", "refine", "evaluate"):
         source = getattr(recipe, section).source
-        if source and not models.resolve(source).is_file():
+        if on_hub(source) and section != "refine":
+            parse(source, f"{section}.source")
+        elif source and not models.resolve(source).is_file():
             here = "" if Path(source).is_absolute() else f" (looked in {Path.cwd()})"
             raise UserError(f"{section}.source {source!r}: no such file{here}")
     if not recipe.evaluate.source and not recipe.evaluate.num_prompts:

@@ -11,6 +11,7 @@ import torch
 
 from craftune import methods, models, refiners, rewards
 from craftune.config import ModelConfig, Recipe
+from craftune.hub_prompts import on_hub
 from craftune.plugins import source_sha256
 from craftune.records import canonical, sha256
 from craftune.runs import STAGES, Stage, stage_folder
@@ -88,7 +89,8 @@ def _texts(plan: _Plan) -> list[Stage]:
             reads=(),
             made_from={
                 **run,
-                "prompts": plan.settings["prompts"] | _content(recipe.prompts.source),
+                "prompts": plan.without("prompts", *_unused(recipe.prompts.source))
+                | _content(recipe.prompts.source),
                 "evaluate": plan.only("evaluate", "source", "num_prompts")
                 | _content(recipe.evaluate.source),
             },
@@ -215,7 +217,14 @@ def _report(plan: _Plan, folder: Path) -> Stage:
 
 def _content(source: str) -> dict[str, str]:
     """Digest of the user's file, where one is given."""
-    return {"source_sha256": sha256(models.resolve(source))} if source else {}
+    if not source or on_hub(source):  # whose commit is looked up when it is read, and kept
+        return {}
+    return {"source_sha256": sha256(models.resolve(source))}
+
+
+def _unused(source: str) -> tuple[str, ...]:
+    """Keys of [prompts] that are not looked at."""
+    return () if on_hub(source) else ("split",)
 
 
 def _code(names: Iterable[str], key: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,12 +27,13 @@ class Row:
     category: object
 
 
-def read_prompts(path: Path, column: str, category: str) -> list[Row]:
+def read_prompts(path: Path, column: str, category: str, parquet: Any = None) -> list[Row]:
     """Every row of a prompt file; columns are matched without regard to case.
 
     Args:
         column: of the text; a .txt has no columns, each line is a prompt.
         category: of a category; may be missing.
+        parquet: an open binary file to read instead of the path, which then only names it.
 
     Raises:
         UserError: unknown kind of file, damaged file, or no such column.
@@ -39,18 +41,26 @@ def read_prompts(path: Path, column: str, category: str) -> list[Row]:
     kind = path.suffix.lower()
     if kind == ".txt":
         return [Row(n, line, "") for n, line in enumerate(_decoded(path).splitlines(), 1)]
+    if kind == ".parquet":
+        return _parquet(path, parquet or path, column, category)
     if kind not in READERS:
-        known = ", ".join([".txt", *READERS])
+        known = ", ".join(KINDS)
         raise UserError(f"{path}: cannot read {path.suffix or 'a file without ending'!r}; {known}")
     records = READERS[kind](path)
-    columns = {name.lower(): name for _, record in reversed(records) for name in record}
     if not records:
         return []
+    names = {name for _, record in records for name in record}
+    text, label = _columns(path, names, column, category)
+    return [Row(number, record.get(text), record.get(label)) for number, record in records]
+
+
+def _columns(path: Path, names: Iterable[str], column: str, category: str) -> tuple[str, str]:
+    """The true names of text and category; "" where there is no category."""
+    columns = {name.lower(): name for name in sorted(names)}
     if column.lower() not in columns:
         unknown = unknown_name("column", column, columns.values())
         raise UserError(f"{path}, prompts.column: {unknown}")
-    text, label = columns[column.lower()], columns.get(category.lower(), "")
-    return [Row(number, record.get(text), record.get(label)) for number, record in records]
+    return columns[column.lower()], columns.get(category.lower(), "")
 
 
 def _decoded(path: Path) -> str:
@@ -95,18 +105,40 @@ def _delimited(path: Path, delimiter: str, quoting: Any) -> Records:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _parquet(path: Path) -> Records:
+def _list(path: Path) -> Records:
+    """One JSON list of objects; a row's number is its place in it."""
     try:
-        return list(enumerate(pq.ParquetFile(path).read().to_pylist(), 1))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        values = json.loads(_decoded(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise UserError(f'{path}: expected a list of objects like {{"prompt": "..."}}')
+    return list(enumerate(values, 1))
+
+
+def _parquet(path: Path, source: Any, column: str, category: str) -> list[Row]:
+    """Only the two columns are read: pictures stay where they are."""
+    try:
+        file = pq.ParquetFile(source, pre_buffer=True)
+        text, label = _columns(path, file.schema_arrow.names, column, category)
+        table = file.read(columns=[text, label] if label else [text])
+    except UserError:
+        raise
+    except (pa.ArrowException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable Parquet file ({reason})") from None
+    texts = table[text].to_pylist()
+    labels = table[label].to_pylist() if label else [None] * len(texts)
+    return [Row(n, *values) for n, values in enumerate(zip(texts, labels, strict=True), 1)]
 
 
 READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": _json,
+    ".json": _list,
     ".csv": _comma,
     ".tsv": _tab,
-    ".parquet": _parquet,
 }
-"""By the ending of the file's name."""
+"""By the ending of the file's name: kinds that are read whole, as rows with columns."""
+
+KINDS = (".txt", *READERS, ".parquet")
+"""Endings of all files that can be read."""

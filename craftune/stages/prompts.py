@@ -3,12 +3,14 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from craftune.config import EvaluateConfig, PromptsConfig
 from craftune.errors import UserError
+from craftune.hub_prompts import on_hub, read_hub
 from craftune.models import resolve
 from craftune.prompt_files import Row, read_prompts
-from craftune.records import Prompt, prompt_id, write_rows
+from craftune.records import Prompt, prompt_id, write_json, write_rows
 
 EMPTY, NO_TEXT, DUPLICATE = "empty", "not text", "duplicate"
 LEAK = "is an evaluation prompt"
@@ -32,7 +34,8 @@ def prompts(
     Without an evaluation file, `num_prompts` of the source are held out by seed.
 
     Args:
-        out: receives prompts.jsonl, evaluation.jsonl and rejections.jsonl.
+        out: receives prompts.jsonl, evaluation.jsonl and rejections.jsonl; for datasets of the
+            hub also hub.json: at which commit, and from which files, they were read.
 
     Returns:
         Counts that add up: rows = prompts + not_drawn + held_out + the rejections.
@@ -40,10 +43,11 @@ def prompts(
     Raises:
         UserError: a file is missing, of an unknown kind, without the column, or without prompts.
     """
-    count, kept, rejected = _read("prompts.source", config.source, config)
+    origins: list[dict[str, Any]] = []
+    count, kept, rejected = _read("prompts.source", config.source, config, origins)
     rng = random.Random(f"prompts/{seed}")
     if evaluation.source:
-        others = _read("evaluate.source", evaluation.source, config)[1]
+        others = _read("evaluate.source", evaluation.source, config, origins)[1]
         held_out = _sample(list(others.values()), evaluation.num_prompts, rng)
     else:
         held_out = _hold_out(config, evaluation, list(kept.values()), rng)
@@ -59,6 +63,8 @@ def prompts(
         )
     chosen = _sample(left, config.limit, rng)
     write_rows(out / "rejections.jsonl", sorted(rejected, key=lambda r: r.row))
+    if origins:
+        write_json(out / "hub.json", origins)
     write_rows(out / "evaluation.jsonl", held_out)
     write_rows(out / "prompts.jsonl", chosen)
     reasons = (DUPLICATE, EMPTY, NO_TEXT, LEAK)
@@ -73,13 +79,21 @@ def prompts(
 
 
 def _read(
-    key: str, source: str, config: PromptsConfig
+    key: str, source: str, config: PromptsConfig, origins: list[dict[str, Any]]
 ) -> tuple[int, dict[int, Prompt], list[Rejection]]:
-    """Number of rows; row -> prompt; the rows that are empty, no text or repeated."""
-    path = resolve(source)
-    if not path.is_file():
-        raise UserError(f"{key} {source!r}: no such file")
-    rows = read_prompts(path, config.column, config.category)
+    """Number of rows; row -> prompt; the rows that are empty, no text or repeated.
+
+    Args:
+        origins: receives where a dataset of the hub was read from.
+    """
+    if on_hub(source):
+        rows, origin = read_hub(source, key, config.split, config.column, config.category)
+        origins.append(origin)
+    else:
+        path = resolve(source)
+        if not path.is_file():
+            raise UserError(f"{key} {source!r}: no such file")
+        rows = read_prompts(path, config.column, config.category)
     kept, rejected = _distinct(rows)
     if not kept:
         raise UserError(f"{key} {source!r}: no prompt in it ({len(rows)} rows); add some")
