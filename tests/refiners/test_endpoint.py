@@ -1,11 +1,14 @@
 """The refiner "openai" against a server of our own: replies, failures, the key, resuming."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_server import KEY, ChatServer, chat_server, failed, prompt_of, said
+from forks import this_package
 
 from craftune import refiners
 from craftune.config import ChatConfig, RefineConfig
@@ -153,6 +156,53 @@ def test_a_failure_keeps_what_is_finished_and_under_way(tmp_path: Path) -> None:
         assert [prompt_of(body) for body in server.asked[4:]] == TEXTS[3:]
     assert counts["requests"] == 6
     assert len(rows) == 12
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from craftune.config import ChatConfig, RefineConfig
+from craftune.stages.refine import refine
+folder = Path(sys.argv[2])
+chat = ChatConfig(
+    model="qwen-plus", base_url=sys.argv[1], key_env="TEST_KEY", retries=2, batch_size=1
+)
+refine(RefineConfig(by="openai", variants=2, chat=chat), 0, folder / "prompts.jsonl", folder)
+"""
+
+
+def test_kill_9_loses_only_the_request_under_way(tmp_path: Path) -> None:
+    fourth, release = threading.Event(), threading.Event()
+
+    def speak(body: dict[str, Any], number: int) -> Any:
+        if number == 4:
+            fourth.set()
+            release.wait(60)
+        return two(body)
+
+    write_rows(tmp_path / "prompts.jsonl", [Prompt(prompt_id(text), text) for text in TEXTS])
+    with chat_server(speak) as server:
+        command = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
+        process = subprocess.Popen(command, env=this_package() | {"TEST_KEY": KEY})
+        assert fourth.wait(60)
+        process.kill()
+        process.wait()
+        release.set()
+        with (tmp_path / "answers.jsonl").open("a") as file:
+            file.write('{"prompt_id": "half a li')  # as a power cut leaves it
+        counts, rows = run(tmp_path, config(server, batch_size=1))
+        assert [prompt_of(body) for body in server.asked[4:]] == TEXTS[3:]
+    assert counts["refined"] == len(rows) == 12
+    assert counts["requests"] == 6
+
+
+def test_other_settings_make_all_anew(tmp_path: Path) -> None:
+    with chat_server(two) as server:
+        run(tmp_path, config(server))
+        run(tmp_path, config(server))
+        assert len(server.asked) == 6
+        run(tmp_path, config(server, temperature=0.3))
+        assert len(server.asked) == 12
 
 
 def test_bad_replies_are_asked_again_then_named(
