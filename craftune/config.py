@@ -187,8 +187,9 @@ class TrainConfig:
     """Optimizer updates."""
     batch_size: Count = 128
     """Examples (image, t, noise) per update, whatever the micro-batch."""
-    micro_batch: Natural = 0
-    """Examples per forward and backward pass; 0 takes the whole batch. Changes only memory."""
+    micro_batch: Literal["auto"] | Count = "auto"
+    """Examples per forward and backward pass; "auto" takes as many as a trial shows to fit in
+    memory, up to the whole batch. Changes no result beyond float rounding."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     """Bytes of state per trained weight: AdamW 8; 8-bit AdamW 2 (needs bitsandbytes); Adafactor
     next to none for matrices, at most 3 for 3 x 3 convolutions."""
@@ -212,8 +213,9 @@ class TrainConfig:
     """Decay per update of the averaged weights that are saved; 0 saves the last weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the network under autocast; weights and losses stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about 1.3 times the time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about 1.3 times the time. "auto":
+    where fewer than 4 examples, or than `micro_batch`, fit without."""
     save_every: Count = 50
     """Updates between checkpoints."""
     keep_checkpoints: Natural = 2

@@ -40,7 +40,8 @@ LESS_MEMORY = {
     "refine": "lower refine.chat.batch_size",
     "generate": "lower generate.batch_size",
     "score": "lower score.batch_size",
-    "train": "lower train.micro_batch, or set train.gradient_checkpointing = true",
+    "train": "set train.micro_batch and train.gradient_checkpointing to 'auto', or train adapters "
+    "alone (train.lora)",
     "evaluate": "lower generate.batch_size",
 }
 """What to change where the device's memory is not enough; it changes no result."""

@@ -157,7 +157,13 @@ def _tuning(plan: _Plan) -> list[Stage]:
             reads=("generate", "select"),
             made_from={
                 **plan.made_from,
-                "train": plan.without("train", "micro_batch", "save_every", "keep_checkpoints"),
+                "train": plan.without(
+                    "train",
+                    "micro_batch",
+                    "gradient_checkpointing",
+                    "save_every",
+                    "keep_checkpoints",
+                ),
                 "method": plan.settings["method"],
             },
             work=lambda out: train(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from craftune.config import TrainConfig
+from craftune.memory import Fit
 from craftune.optimizers import OPTIMIZERS, learning_rate
 from craftune.progress import track
 from craftune.records import write_text
@@ -31,7 +32,7 @@ def train(
     config: TrainConfig,
     seed: int,
     out: Path,
-) -> nn.Module:
+) -> tuple[nn.Module, Fit]:
     """Fine-tune `policy.network` in place; write metrics.jsonl and checkpoint-N/ under `out`.
 
     Goes on from the newest complete checkpoint in `out`, with the same weights bit for bit (on
@@ -43,7 +44,8 @@ def train(
         feed: step number, counted from 0 -> the whole batch of that step.
 
     Returns:
-        The trained network, with its averaged weights where `config.ema_decay` > 0.
+        The trained network, with its averaged weights where `config.ema_decay` > 0; and how the
+        steps were cut up.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the optimizer has not stepped.
@@ -52,16 +54,24 @@ def train(
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.optimizer](config, parameters)
     average = Average.of(network, config.ema_decay) if config.ema_decay > 0 else None
-    stateful = {"network": Trainable(network), "optimizer": optimizer}
+    fit = Fit(config.micro_batch, config.gradient_checkpointing)
+    stateful = {"network": Trainable(network), "optimizer": optimizer, "fit": fit}
     if average is not None:
         stateful["average"] = average
     first = latest(out, stateful)
+
+    def trial(examples: int) -> None:
+        batch, draws = _step(method, policy, feed, seed, 0)
+        rows = slice(0, examples)
+        _backward(method, policy, reference, batch.rows(rows), draws.rows(rows), config, 1.0)
+
+    fit.settle(network, optimizer, trial, config.batch_size)
     with _metrics_log(out, first) as log, stop_requests() as stops:
         for step in track(range(first, config.steps), "train", config.steps - first, "step"):
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            metrics = _gradients(method, policy, reference, feed, config, seed, step)
+            metrics = _gradients(method, policy, reference, feed, config, seed, step, fit)
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             _require_finite(step, metrics, norm.item())
             method.check(metrics)
@@ -86,7 +96,15 @@ def train(
                 break
     if average is not None:
         average.put_into(network)
-    return network.eval()
+    return network.eval(), fit
+
+
+def _step(
+    method: Method[Any, Any], policy: Denoiser, feed: Callable[[int], Any], seed: int, step: int
+) -> tuple[Any, Any]:
+    """The whole batch of a step and all its randomness."""
+    batch = feed(step)
+    return batch, method.draw(policy.schedule, batch, stream("draws", seed, step))
 
 
 def _gradients(
@@ -97,29 +115,51 @@ def _gradients(
     config: TrainConfig,
     seed: int,
     step: int,
+    fit: Fit,
 ) -> dict[str, float]:
     """Accumulate the gradient of one step's mean loss; returns the mean metrics."""
-    batch = feed(step)
-    draws = method.draw(policy.schedule, batch, stream("draws", seed, step))
+    batch, draws = _step(method, policy, feed, seed, step)
     size = config.batch_size
-    part = config.micro_batch or size
+    while True:
+        try:
+            totals: dict[str, float] = {}
+            part = int(fit.micro_batch)
+            for start in range(0, size, part):
+                rows = slice(start, min(start + part, size))
+                share = (rows.stop - rows.start) / size
+                metrics = _backward(
+                    method, policy, reference, batch.rows(rows), draws.rows(rows), config, share
+                )
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value * share
+            return totals
+        except torch.OutOfMemoryError:
+            if not fit.halve():
+                raise
+        policy.network.zero_grad(set_to_none=True)  # and once more, in smaller parts
+
+
+def _backward(
+    method: Method[Any, Any],
+    policy: Denoiser,
+    reference: Denoiser | None,
+    batch: Any,
+    draws: Any,
+    config: TrainConfig,
+    share: float,
+) -> dict[str, float]:
+    """Add the gradient of `share` times a micro-batch's mean loss; returns its mean metrics."""
     device = next(policy.network.parameters()).device
-    totals: dict[str, float] = {}
-    for start in range(0, size, part):
-        rows = slice(start, min(start + part, size))
-        share = (rows.stop - rows.start) / size
-        # Without its cache: older torch reuses weights cast under no_grad where a gradient is due.
-        with torch.autocast(
-            device.type,
-            torch.bfloat16,
-            enabled=config.precision == "bfloat16",
-            cache_enabled=False,
-        ):
-            loss, metrics = method.loss(policy, reference, batch.rows(rows), draws.rows(rows))
-        torch.autograd.backward(loss * share)
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + value * share
-    return totals
+    # Without its cache: older torch reuses weights cast under no_grad where a gradient is due.
+    with torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=config.precision == "bfloat16",
+        cache_enabled=False,
+    ):
+        loss, metrics = method.loss(policy, reference, batch, draws)
+    torch.autograd.backward(loss * share)
+    return metrics
 
 
 def _require_finite(step: int, metrics: dict[str, float], norm: float) -> None:

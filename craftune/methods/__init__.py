@@ -28,7 +28,7 @@ def build(name: str, settings: Mapping[str, Any]) -> CRAFT | SFT:
         found = error.errors()[0]
         key = "method.settings." + ".".join(str(part) for part in found["loc"])
         if found["type"] == "unexpected_keyword_argument":
-            inner = NoiseLevels if len(found["loc"]) > 1 else kind
+            inner = NoiseLevels if found["loc"][0] == "noise" else kind
             known = inner.__dataclass_fields__
             raise UserError(
                 f"{key}: {unknown_name('setting', str(found['loc'][-1]), known)}"

@@ -79,8 +79,9 @@ def train(
         add_lora(network, config.lora, model.lora_targets, seed)
     else:
         network.requires_grad_(True)
-    if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()  # type: ignore[operator]
+    if device.type == "cuda":
+        # Tensor cores convolve in this layout; in the other cuDNN transposes around each one.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     reference = None
     if method.needs_reference and config.lora.rank:
         reference = WithoutAdapter(model.denoiser)
@@ -90,7 +91,7 @@ def train(
     empty = model.encode_prompts([""])
     model.move_rest(torch.device("cpu"))
     feed = ExampleFeed(examples, empty, config.batch_size, config.prompt_dropout, seed)
-    trained = run_loop(method, model.denoiser, reference, feed, config, seed, out)
+    trained, fit = run_loop(method, model.denoiser, reference, feed, config, seed, out)
 
     partial = out / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -100,7 +101,12 @@ def train(
         model.save_lora(out / "lora", trained)
     shutil.rmtree(out / "model", ignore_errors=True)
     partial.rename(out / "model")
-    return {"examples": len(examples.weight), "steps": config.steps}
+    return {
+        "examples": len(examples.weight),
+        "steps": config.steps,
+        "micro_batch": min(int(fit.micro_batch), config.batch_size),
+        "gradient_checkpointing": int(fit.checkpointing is True),
+    }
 
 
 def load_examples(
