@@ -41,7 +41,7 @@ LESS_MEMORY = {
     "generate": "lower generate.batch_size",
     "score": "lower score.batch_size",
     "train": "set train.micro_batch and train.gradient_checkpointing to 'auto', or train adapters "
-    "alone (train.lora)",
+    "alone",
     "evaluate": "lower generate.batch_size",
 }
 """What to change where the device's memory is not enough; it changes no result."""

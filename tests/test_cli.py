@@ -209,7 +209,7 @@ def test_too_little_memory_says_what_to_lower(run_folder: Path) -> None:
     with pytest.raises(UserError, match=r"'prompts': CUDA out of memory. .* run again"):
         pipeline._execute(run_folder, Stage("prompts", (), {}, work))
     known = {f"{section}.{key}" for section, key in keys()}
-    named = re.findall(r"\w+\.\w+", " ".join(pipeline.LESS_MEMORY.values()))
+    named = re.findall(r"\w+(?:\.\w+)+", " ".join(pipeline.LESS_MEMORY.values()))
     assert named
     assert set(named) <= known
 

@@ -116,7 +116,8 @@ def settled(unet: Any, room_for: int, batch_size: int = 32, **settings: Any) -> 
     network.disable_gradient_checkpointing()
     with pytest.MonkeyPatch.context() as patch:
         with_ram(patch, 1.001 * peak(attempt, room_for) / memory.MARGIN)
-        fit = Fit(**({"micro_batch": "auto", "checkpointing": "auto"} | settings))
+        chosen: dict[str, Any] = {"micro_batch": "auto", "checkpointing": "auto"} | settings
+        fit = Fit(**chosen)
         fit.settle(network, torch.optim.AdamW(network.parameters()), attempt, batch_size)
     assert network.is_gradient_checkpointing == fit.checkpointing
     return fit

@@ -1,5 +1,6 @@
 """Training stopped or killed by real signals in real processes, under every kind of state."""
 
+import functools
 import os
 import random
 import shutil
@@ -9,22 +10,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from forks import Forks, forks
 from tiny import Tiny, files, tiny
 
-STEPS = 24
+STEPS = 12
 OPTIONS = {
-    "full, adamw, ema": ["train.ema_decay=0.9", "train.lr_schedule=linear"],
-    "full, adafactor": ["train.optimizer=adafactor", "train.lr_schedule=cosine"],
-    "lora, adafactor, ema": [
+    "lora, adafactor, ema, cosine": [
         "train.lora={ rank = 2 }",
         "train.optimizer=adafactor",
         "train.ema_decay=0.9",
         "train.lr_schedule=cosine",
     ],
+    "full, adamw, ema, linear": ["train.ema_decay=0.9", "train.lr_schedule=linear"],
+    "full, adafactor, cosine": ["train.optimizer=adafactor", "train.lr_schedule=cosine"],
+    "dora, adamw": ["train.lora={ rank = 2, dora = true }"],
 }
 COMMON = [f"train.steps={STEPS}", "train.warmup_steps=3", "train.keep_checkpoints=0"]
+MANY = [pytest.param(name, 6, marks=pytest.mark.slow, id=name) for name in OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -72,36 +74,61 @@ def outcome(folder: Path) -> dict[str, str]:
     return {k: v for k, v in made.items() if k.split("/")[0] in ("model", "lora", "metrics.jsonl")}
 
 
-@pytest.mark.parametrize("settings", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.fixture(scope="module")
+def wholes(selected: Tiny, processes: Forks) -> Callable[[str], dict[str, str]]:
+    """What training ends with under some options when nothing disturbs it."""
+
+    @functools.cache
+    def whole(option: str) -> dict[str, str]:
+        name = f"whole{list(OPTIONS).index(option)}"
+        ended = processes.run(command(selected, name, OPTIONS[option]), selected.folder)
+        assert ended.status == 0, ended.err
+        return outcome(selected.run.parent / name / "6-train")
+
+    return whole
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("option", "kills"), [("lora, adafactor, ema, cosine", 2), *MANY])
 def test_kills_at_random_moments_change_no_bit(
-    selected: Tiny, processes: Forks, settings: list[str]
+    selected: Tiny,
+    processes: Forks,
+    wholes: Callable[[str], dict[str, str]],
+    option: str,
+    kills: int,
 ) -> None:
-    rng = random.Random(str(settings))
-    name = f"kill{list(OPTIONS.values()).index(settings)}"
-    settings = [*settings, "train.save_every=2"]
-    whole = command(selected, f"{name}-whole", settings)
-    assert processes.run(whole, selected.folder).status == 0
-    killed = command(selected, name, settings)
+    rng, name = random.Random(option), f"killed{list(OPTIONS).index(option)}-{kills}"
+    killed = command(selected, name, [*OPTIONS[option], "train.save_every=2"])
     folder = selected.run.parent / name / "6-train"
-    for step in sorted(rng.sample(range(1, STEPS - 2), 3)):
-        send = at_step(folder, step, signal.SIGKILL, rng.uniform(0, 0.02))
+    for step in sorted(rng.sample(range(2, STEPS - 2), kills)):
+        send = at_step(folder, step, signal.SIGKILL, rng.uniform(0, 0.01))
         ended = processes.run(killed, selected.folder, send)
-        assert ended.status == -signal.SIGKILL, ended
+        assert ended.status in (-signal.SIGKILL, 0), ended
+    assert len(list(folder.glob("checkpoint-*"))) > 1
     ended = processes.run(killed, selected.folder)
     assert ended.status == 0, ended.err
     assert "going on from checkpoint-" in ended.err
-    assert outcome(folder) == outcome(folder.parents[1] / f"{name}-whole" / "6-train")
-    assert len(outcome(folder)) > 4
+    assert len(wholes(option)) > 4
+    assert outcome(folder) == wholes(option)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+STOPS = [
+    pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+    pytest.param(signal.SIGINT, 130, id="SIGINT", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("number", "status"), STOPS)
 def test_a_signal_in_training_saves_the_step_and_loses_none(
-    selected: Tiny, processes: Forks, number: int, status: int
+    selected: Tiny,
+    processes: Forks,
+    wholes: Callable[[str], dict[str, str]],
+    number: int,
+    status: int,
 ) -> None:
-    name, settings = f"stop{status}", ["train.ema_decay=0.9", "train.save_every=1000"]
-    whole = command(selected, f"{name}-whole", settings)
-    assert processes.run(whole, selected.folder).status == 0
-    stopped = command(selected, name, settings)
+    option, name = "lora, adafactor, ema, cosine", f"stop{status}"
+    stopped = command(selected, name, [*OPTIONS[option], "train.save_every=1000"])
     folder = selected.run.parent / name / "6-train"
     ended = processes.run(stopped, selected.folder, at_step(folder, 3, number))
     assert ended.status == status, ended
@@ -110,21 +137,9 @@ def test_a_signal_in_training_saves_the_step_and_loses_none(
     assert "Traceback" not in ended.err
     (checkpoint,) = folder.glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
-    rows = (folder / "metrics.jsonl").read_text().splitlines()
-    assert 3 <= step == len(rows) < STEPS
+    assert 3 <= step == (folder / "metrics.jsonl").read_bytes().count(b"\n") < STEPS
     assert not (folder / "model").exists()
     ended = processes.run(stopped, selected.folder)
     assert ended.status == 0, ended.err
     assert f"going on from {checkpoint.name}" in ended.err
-    assert outcome(folder) == outcome(folder.parents[1] / f"{name}-whole" / "6-train")
-
-
-def test_the_checkpoint_of_an_average_holds_what_trains_and_no_more(
-    selected: Tiny, processes: Forks
-) -> None:
-    settings = [*OPTIONS["lora, adafactor, ema"], "train.save_every=20"]
-    assert processes.run(command(selected, "size", settings), selected.folder).status == 0
-    folder = selected.run.parent / "size" / "6-train" / "checkpoint-20"
-    state = torch.load(folder / "state.pt", weights_only=True)
-    assert state["average"].keys() == state["network"].keys()
-    assert all("lora_" in name for name in state["average"])
+    assert outcome(folder) == wholes(option)
