@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import call, tiny
 from toy import SD15_SCHEDULER, edit_weights, kept_checkpoint, kept_folder, load_sd, write_json
 from toy_ldm import single_file
 
@@ -99,7 +100,7 @@ def test_the_identity_is_of_weights_and_configs(file: Path, settings: Path, tmp_
     second = identity(config)
     assert first["files"]["weights"] == second["files"]["weights"]
     assert first != second
-    other = shutil.copy(file, tmp_path / "other.safetensors")
+    other = Path(shutil.copy(file, tmp_path / "other.safetensors"))
     edit_weights(other, "model.diffusion_model.out.2.bias", torch.ones(4))
     assert identity(ModelConfig(path=str(other), config=str(settings))) != second
 
@@ -112,6 +113,18 @@ def test_offline_the_error_says_what_is_needed(file: Path, empty_cache: Path) ->
     assert SD15 in message
     assert str(empty_cache) in message
     assert "set model.config to a diffusers folder" in message
+
+
+def test_the_command_line_says_it_before_anything_loads(file: Path, tmp_path: Path) -> None:
+    job, short = tiny(tmp_path), tmp_path / "short.safetensors"
+    short.write_bytes(file.read_bytes()[:1000])
+    for path, said in (
+        (short, "not a whole .safetensors file"),
+        (tmp_path / "none.safetensors", "no such file"),
+        (tmp_path / "model.ckpt", "a pickle can run code"),
+    ):
+        answer = call(["check", job.recipe, "--set", f"model.path={path}"], tmp_path)
+        assert said in answer.complaint
 
 
 def test_configs_that_are_not_there(file: Path, tmp_path: Path) -> None:
