@@ -140,12 +140,14 @@ class RefineConfig:
 class GenerateConfig:
     """How candidates are drawn."""
 
-    sampler: Literal["ddim", "dpm++2m", "unipc"] = "dpm++2m"
-    """DDIM (eta 0), DPM-Solver++ 2M or UniPC of order 2."""
+    sampler: Literal["auto", "ddim", "dpm++2m", "unipc", "euler"] = "auto"
+    """DDIM (eta 0), DPM-Solver++ 2M or UniPC of order 2 for UNets, Euler for the flow families;
+    "auto" takes the family's own: dpm++2m or euler."""
     num_steps: Count = 25
-    """Network calls per image; with guidance each is two."""
+    """Network calls per image; with classifier-free guidance each is two."""
     guidance_scale: Positive = 7.5
-    """Classifier-free guidance as diffusers counts it; 1 is none."""
+    """Classifier-free guidance as diffusers counts it; 1 is none. FLUX.1-dev takes it as an input
+    (3.5 is usual), FLUX.1-schnell takes none: 1."""
     seeds_per_variant: Count = 1
     """Images per refined prompt; the plain prompt always has one."""
     batch_size: Count = 16
@@ -208,7 +210,8 @@ class TrainConfig:
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this L2 norm."""
     prompt_dropout: Share = 0.1
-    """Share of examples trained on the empty prompt, which keeps guidance working."""
+    """Share of examples trained on the empty prompt, which keeps guidance working. None are where
+    guidance is not classifier-free (FLUX.1): no empty prompt is ever drawn with."""
     ema_decay: Share = 0.0
     """Decay per update of the averaged weights that are saved; 0 saves the last weights."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -7,6 +7,7 @@ here knows about a network, a device or a file.
 Shapes: b = batch; ... = latent axes, e.g. (c, h, w) or (tokens, channels).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,6 +31,9 @@ class Schedule:
             arXiv:2202.00512), "velocity" is noise - x_0 (rectified flow, arXiv:2209.03003).
         law: the timestep distribution of the family's own pre-training: "uniform", or
             "logit-normal" (SD3, Esser et al. 2024, arXiv:2403.03206), t = sigmoid(normal).
+        shift: of the logit-normal law towards noise, as larger images are trained with: a level
+            u becomes shift * u / (1 + (shift - 1) * u) (same paper, Eq. 23), which adds
+            log(shift) to its logit. 1 is none.
 
     Raises:
         ValueError: unknown target, alphas and sigmas of different lengths, or a last timestep
@@ -40,6 +44,7 @@ class Schedule:
     sigmas: Float[Tensor, " timesteps"]
     target: Target
     law: TimestepLaw = "uniform"
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.target not in get_args(Target):
@@ -106,7 +111,8 @@ class Schedule:
         """Timesteps from the family's pre-training law, one per sample, on the rng's device."""
         if self.law == "uniform":
             return torch.randint(len(self), (n,), generator=rng, device=rng.device)
-        level = torch.sigmoid(torch.randn(n, generator=rng, device=rng.device))
+        logit = torch.randn(n, generator=rng, device=rng.device) + math.log(self.shift)
+        level = torch.sigmoid(logit)
         return (level * len(self)).long().clamp(max=len(self) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Drawing images: guidance, DDIM, DPM-Solver++ and UniPC over any family's denoiser.
+"""Drawing images: guidance, DDIM, Euler, DPM-Solver++ and UniPC over any family's denoiser.
 
 Latents are x_t = alpha_t * x_0 + sigma_t * noise in every family, so one sampler serves all.
 The noise of a candidate comes from its own seed: the same image from any batch or order, up to
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from craftune.diffusion import Grid
 from craftune.types import Cond, Denoiser
+
+
+FIRST_ORDER = ("ddim", "euler")
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "b ..."]:
@@ -49,11 +52,13 @@ def sample(
 ) -> Float[Tensor, "b ..."]:
     """Latents drawn from the model, deterministic given the noise.
 
-    "ddim" is DDIM with eta = 0 (Song et al. 2021, arXiv:2010.02502, Eq. 12); "dpm++2m" is
+    "ddim" is DDIM with eta = 0 (Song et al. 2021, arXiv:2010.02502, Eq. 12), "euler" the same
+    step by its name in flow matching: there alpha = 1 - sigma, and the update below is
+    x + (sigma' - sigma) * velocity, Euler's on the flow's ODE. "dpm++2m" is
     DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, Algorithm 2), whose first and last steps
     are of first order, as in diffusers. Both are one update in the data prediction:
     x' = sigma'/sigma * x + alpha' * (1 - e^-h) * D,  h = log(alpha'/sigma') - log(alpha/sigma),
-    with D the predicted x_0 for DDIM and its linear extrapolation for 2M.
+    with D the predicted x_0 for DDIM and Euler, its linear extrapolation for 2M.
 
     Args:
         noise: standard normal, at the level of the grid's first timestep.
@@ -73,7 +78,7 @@ def sample(
             if sampler == "unipc" and previous:
                 x = _corrected(start, [*previous, x_0], grid, log_snr, i)
             data, h = x_0, log_snr[i, 1] - log_snr[i, 0]
-            if sampler != "ddim" and previous and i < steps - 1:
+            if sampler not in FIRST_ORDER and previous and i < steps - 1:
                 ratio = h / (log_snr[i, 0] - log_snr[i - 1, 0])
                 data = x_0 + 0.5 * ratio * (x_0 - previous[-1])
             start = x

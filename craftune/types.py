@@ -8,7 +8,7 @@ Latents are scaled (and shifted) as the family's denoiser takes them.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -20,6 +20,10 @@ from craftune.diffusion import Grid, Schedule
 Metrics: TypeAlias = dict[str, float]
 """Scalars for the log, e.g. {"loss": 0.69, "error": 0.11}."""
 
+Guidance = Literal["classifier-free", "embedded", "none"]
+"""How a guidance scale reaches a network: by a second call with the empty prompt; as its input,
+`cond.tensors["guidance"]`, one number per row; or not at all."""
+
 
 @dataclass(frozen=True)
 class Cond:
@@ -27,7 +31,8 @@ class Cond:
 
     Attributes:
         tensors: name -> `[b, ...]`; "tokens" `[b, length, width]` in every family, more where
-            the family needs it ("pooled", "time_ids" for SDXL).
+            the family needs it ("pooled" and "time_ids" for SDXL, "pooled" for SD3 and FLUX.1).
+            "guidance" `[b]` is the scale of a network that has guidance embedded.
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,6 +43,10 @@ class Cond:
     def rows(self, index: Int[Tensor, " n"] | slice) -> "Cond":
         """The prompts at these positions, in this order; a position may repeat."""
         return Cond({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def having(self, name: str, tensor: Num[Tensor, "b ..."]) -> "Cond":
+        """The same with one more tensor."""
+        return Cond({**self.tensors, name: tensor})
 
     def to(self, device: torch.device) -> "Cond":
         """The same on another device."""
@@ -142,6 +151,8 @@ class Model:
         decode: latents `[b, ...]` -> images float32 `[b, 3, h, w]` in [0, 1], with gradient.
         encode_images: images float32 `[b, 3, h, w]` in [0, 1] -> latents, no gradient.
         grid: sampler name, number of steps -> the noise levels the family samples at.
+        samplers: those that `grid` admits, the family's own first; it refuses others.
+        guidance: how the guidance scale takes effect.
         lora_targets: module names that LoRA adapts by default.
         save: (folder, network, dtype) writes the whole pipeline with this network's weights in
             a layout that the family's diffusers pipeline loads.
@@ -159,10 +170,12 @@ class Model:
     decode: Callable[[Tensor], Tensor]
     encode_images: Callable[[Tensor], Tensor]
     grid: Callable[[str, int], Grid]
+    samplers: tuple[str, ...]
     lora_targets: tuple[str, ...]
     save: Callable[[Path, nn.Module, torch.dtype], None]
     save_lora: Callable[[Path, nn.Module], None]
     move_rest: Callable[[torch.device], None]
+    guidance: Guidance = "classifier-free"
 
 
 @dataclass(frozen=True)

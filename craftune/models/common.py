@@ -197,6 +197,13 @@ def rest_mover(pipe: Any, name: str) -> Callable[[torch.device], None]:
     return move_rest
 
 
+def check_sampler(name: str, admitted: tuple[str, ...]) -> None:
+    """Raises UserError where the family has no such sampler."""
+    if name not in admitted:
+        choice = " or ".join(repr(known) for known in ("auto", *admitted))
+        raise UserError(f"generate.sampler: {name!r} is not for this checkpoint; use {choice}")
+
+
 def save_pipeline(
     pipe: Any, folder: Path, name: str, network: nn.Module, dtype: torch.dtype
 ) -> None:
@@ -230,7 +237,9 @@ def lora_saver(pipeline: Any, name: str) -> Callable[[Path, nn.Module], None]:
     def save_lora(folder: Path, network: nn.Module) -> None:
         from peft import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+        layers = get_peft_model_state_dict(network)
+        if name == "unet":  # the names that other programs expect of a UNet's adapters
+            layers = convert_state_dict_to_diffusers(layers)
         settings = network.peft_config["default"].to_dict()  # type: ignore[index,union-attr]
         pipeline.save_lora_weights(
             folder,

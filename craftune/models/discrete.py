@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 
 from craftune.diffusion import Grid, Schedule, Target
 from craftune.errors import UserError
+from craftune.models.common import check_sampler
 
 TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -57,7 +58,12 @@ def discrete_schedule(pipe: Any, path: Path) -> Schedule:
 
 
 def discrete_grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
-    """The steps that diffusers' own scheduler takes under the checkpoint's settings."""
+    """The steps that diffusers' own scheduler takes under the checkpoint's settings.
+
+    Raises:
+        UserError: the sampler is another family's, or there are too many steps.
+    """
+    check_sampler(sampler, SAMPLERS)
     config = pipe.scheduler.config
     grid = GRIDS[sampler](config, num_steps) if num_steps < config.num_train_timesteps else None
     if grid is None or grid.timesteps.diff().ge(0).any():
@@ -100,4 +106,5 @@ def _multistep_grid(scheduler: Any, num_steps: int) -> Grid:
     return Grid.chain(scheduler.timesteps, alphas.float(), (ratios * alphas).float())
 
 
-GRIDS = {"ddim": _ddim_grid, "dpm++2m": _dpm_grid, "unipc": _unipc_grid}
+GRIDS = {"dpm++2m": _dpm_grid, "ddim": _ddim_grid, "unipc": _unipc_grid}
+SAMPLERS = tuple(GRIDS)

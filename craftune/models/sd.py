@@ -25,7 +25,7 @@ from craftune.models.common import (
     vae_decoder,
     vae_encoder,
 )
-from craftune.models.discrete import check_unet, discrete_grid, discrete_schedule
+from craftune.models.discrete import SAMPLERS, check_unet, discrete_grid, discrete_schedule
 from craftune.types import Cond, Model
 
 
@@ -78,6 +78,7 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
         decode=vae_decoder(pipe.vae),
         encode_images=vae_encoder(pipe.vae),
         grid=lambda sampler, num_steps: discrete_grid(pipe, sampler, num_steps),
+        samplers=SAMPLERS,
         lora_targets=ATTENTION,
         save=lambda folder, network, dtype: save_pipeline(pipe, folder, "unet", network, dtype),
         save_lora=lora_saver(StableDiffusionPipeline, "unet"),

@@ -28,7 +28,7 @@ from craftune.models.common import (
     vae_decoder,
     vae_encoder,
 )
-from craftune.models.discrete import check_unet, discrete_grid, discrete_schedule
+from craftune.models.discrete import SAMPLERS, check_unet, discrete_grid, discrete_schedule
 from craftune.types import Cond, Model
 
 
@@ -90,6 +90,7 @@ def load(path: Path, config: ModelConfig, device: torch.device) -> Model:
         decode=vae_decoder(pipe.vae),
         encode_images=vae_encoder(pipe.vae),
         grid=lambda sampler, num_steps: discrete_grid(pipe, sampler, num_steps),
+        samplers=SAMPLERS,
         lora_targets=ATTENTION,
         move_rest=rest_mover(pipe, "unet"),
         save=lambda folder, network, dtype: save_pipeline(pipe, folder, "unet", network, dtype),

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from craftune.config import GenerateConfig
+from craftune.errors import UserError
 from craftune.images import encode_png, to_pil
 from craftune.progress import track
 from craftune.records import CANDIDATE, Prompt, Refined, read_rows, write_table
@@ -83,16 +84,29 @@ def draw_latents(
     distinct = list(dict.fromkeys(request.text for request in batch))
     where = torch.tensor([distinct.index(request.text) for request in batch], device=device)
     cond = model.encode_prompts(distinct).rows(where)
+    sampler, scale = sampler_of(config, model), config.guidance_scale
+    if model.guidance == "embedded":
+        cond = cond.having("guidance", torch.full((len(batch),), scale, device=device))
+        scale = 1.0
+    elif model.guidance == "none" and scale != 1:
+        raise UserError(
+            f"generate.guidance_scale: this {model.family} checkpoint takes no guidance; use 1"
+        )
     noise = initial_noise([request.seed for request in batch], model.latent_shape)
     return sample(
         denoiser,
         noise.to(device),
         cond,
         empty.rows(torch.zeros(len(batch), dtype=torch.long, device=device)),
-        model.grid(config.sampler, config.num_steps),
-        sampler=config.sampler,
-        guidance_scale=config.guidance_scale,
+        model.grid(sampler, config.num_steps),
+        sampler=sampler,
+        guidance_scale=scale,
     )
+
+
+def sampler_of(config: GenerateConfig, model: Model) -> str:
+    """The sampler's name, "auto" resolved."""
+    return model.samplers[0] if config.sampler == "auto" else config.sampler
 
 
 def _plan(
@@ -103,7 +117,7 @@ def _plan(
     for row in refined:
         rewrites.setdefault(row.prompt_id, []).append(row)
     common = {
-        "sampler": config.sampler,
+        "sampler": sampler_of(config, model),
         "num_steps": config.num_steps,
         "guidance_scale": config.guidance_scale,
         "model": model.identity["path"],

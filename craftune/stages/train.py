@@ -88,9 +88,13 @@ def train(
     elif method.needs_reference:
         reference = copy.deepcopy(model.denoiser)
         reference.network.requires_grad_(False).eval()
-    empty = model.encode_prompts([""])
+    empty, dropout = model.encode_prompts([""]), config.prompt_dropout
+    if model.guidance != "classifier-free":
+        # The empty prompt takes no part in drawing: there is no branch to keep, and each dropped
+        # prompt would teach the distilled network to draw without looking at it.
+        empty, dropout = examples.cond.rows(slice(0, 1)), 0.0
     model.move_rest(torch.device("cpu"))
-    feed = ExampleFeed(examples, empty, config.batch_size, config.prompt_dropout, seed)
+    feed = ExampleFeed(examples, empty, config.batch_size, dropout, seed)
     trained, fit = run_loop(method, model.denoiser, reference, feed, config, seed, out)
 
     partial = out / "model.partial"
@@ -126,25 +130,34 @@ def load_examples(
             "0; select more (select.k, select.filter) or use method.name = 'sft'"
         )
     chosen = chosen.filter(used.numpy())
-    latents = _latents(pool, chosen["candidate"].to_pylist(), model.latent_shape)
-    texts = chosen["prompt"].to_pylist()
+    latents, guidance = _drawn(pool, chosen["candidate"].to_pylist(), model.latent_shape)
+    cond = model.encode_prompts(chosen["prompt"].to_pylist())
+    if model.guidance == "embedded":
+        # The scale that an example was drawn with: there, it is the base network's own sample, so
+        # that the loss pulls towards what was selected and not from one scale to another.
+        cond = cond.having("guidance", guidance.to(device))
     return Examples(
         latents=latents.to(device),
-        cond=model.encode_prompts(texts),
+        cond=cond,
         weight=weight[used].to(device),
     )
 
 
-def _latents(pool: Path, names: list[str], shape: tuple[int, ...]) -> Float[Tensor, "n ..."]:
-    """Final latents of these candidates, in this order, reading one shard at a time."""
+def _drawn(
+    pool: Path, names: list[str], shape: tuple[int, ...]
+) -> tuple[Float[Tensor, "n ..."], Float[Tensor, " n"]]:
+    """Final latents and guidance scales of these candidates, in order, one shard at a time."""
     where = {name: i for i, name in enumerate(names)}
-    found = np.empty((len(names), *shape), np.float32)
+    found, scales = np.empty((len(names), *shape), np.float32), np.empty(len(names), np.float32)
     for shard in sorted(pool.glob("part-*.parquet")):
-        table = read_table(shard, ["id", "latents"])
+        table = read_table(shard, ["id", "guidance_scale", "latents"])
         wanted = pc.is_in(table["id"], value_set=pa.array(names, pa.string()))  # type: ignore[attr-defined]
         table = table.filter(wanted)
-        for name, latents in zip(table["id"].to_pylist(), table["latents"], strict=True):
-            found[where.pop(name)] = latents.values.to_numpy().reshape(shape)
+        columns = (table[name] for name in table.column_names)
+        for name, scale, latents in zip(*columns, strict=True):
+            place = where.pop(name.as_py())
+            found[place] = latents.values.to_numpy().reshape(shape)
+            scales[place] = scale.as_py()
     if where:
         raise UserError(f"{pool}: lacks the selected candidate {next(iter(where))}; --redo select")
-    return torch.from_numpy(found)
+    return torch.from_numpy(found), torch.from_numpy(scales)
