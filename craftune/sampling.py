@@ -14,7 +14,6 @@ from torch import Tensor
 from craftune.diffusion import Grid
 from craftune.types import Cond, Denoiser
 
-
 FIRST_ORDER = ("ddim", "euler")
 
 

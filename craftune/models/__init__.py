@@ -36,15 +36,29 @@ def _sdxl(path: Path, config: ModelConfig, device: torch.device) -> Model:
     return _family("sdxl")(path, config, device)
 
 
+def _sd3(path: Path, config: ModelConfig, device: torch.device) -> Model:
+    """Stable Diffusion 3 and 3.5: rectified flow, two CLIP text encoders and T5, if wanted."""
+    return _family("sd3")(path, config, device)
+
+
+def _flux(path: Path, config: ModelConfig, device: torch.device) -> Model:
+    """FLUX.1 dev and schnell: rectified flow, guidance embedded or none, CLIP and T5."""
+    return _family("flux")(path, config, device)
+
+
 FAMILIES: dict[str, Callable[[Path, ModelConfig, torch.device], Model]] = {
     "sd": _sd,
     "sdxl": _sdxl,
+    "sd3": _sd3,
+    "flux": _flux,
 }
 """Name -> loader; the docstring's first line is what `craftune list families` prints."""
 
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 """The `_class_name` in a checkpoint's model_index.json -> family."""
 
@@ -118,5 +132,12 @@ def identity(config: ModelConfig) -> dict[str, Any]:
 
 
 def load(config: ModelConfig, device: torch.device) -> Model:
-    """The checkpoint of a recipe, on the device, in `config.dtype`."""
-    return FAMILIES[family_of(config)](checkpoint(config), config, device)
+    """The checkpoint of a recipe, on the device, in `config.dtype`.
+
+    Raises:
+        UserError: it cannot be had, it is damaged, or it does not fit the settings.
+    """
+    family = family_of(config)
+    if not config.t5 and family != "sd3":
+        raise UserError(f"model.t5: a checkpoint of family {family!r} draws as it is; leave it out")
+    return FAMILIES[family](checkpoint(config), config, device)

@@ -29,7 +29,11 @@ def open_folder(
 ) -> Any:
     """`DiffusionPipeline.from_pretrained` of a diffusers folder."""
     common.quiet()
-    parts = UNGUARDED if _kind(folder) == "StableDiffusionPipeline" else {}
+    # An SD3 that was published without T5 loads only when told that it has none.
+    index = read_json(folder / "model_index.json")
+    parts: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}
+    if _kind(folder) == "StableDiffusionPipeline":
+        parts |= UNGUARDED
     return diffusers.DiffusionPipeline.from_pretrained(
         folder, dtype=dtype, variant=variant, local_files_only=True, **parts
     )

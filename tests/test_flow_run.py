@@ -1,0 +1,56 @@
+"""The whole pipeline by its command line on SD3 and FLUX.1, and what is theirs in its stages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny import Tiny, call, tiny
+from toy import load_sd
+from toy_flow import kept_flow
+
+from craftune.config import LoraConfig, TrainConfig
+from craftune.methods.sft import SFT
+from craftune.records import read_json, read_table
+from craftune.stages.train import load_examples, train
+
+
+def run(folder: Path, kind: str, *overrides: str) -> Tiny:
+    made = tiny(folder)
+    settings = [f"model.path={kept_flow(kind)}", *overrides]
+    answer = call(["run", made.recipe, *(a for s in settings for a in ("--set", s))], made.folder)
+    assert answer.status == 0, answer.err
+    return made
+
+
+@pytest.mark.parametrize("training", ["train.lora.rank=0", "train.lora.rank=2"])
+@pytest.mark.parametrize(("kind", "scale"), [("sd3", 2.0), ("flux-dev", 3.5)])
+def test_a_whole_run(tmp_path: Path, kind: str, scale: float, training: str) -> None:
+    job = run(tmp_path, kind, f"generate.guidance_scale={scale}", training)
+    pool = read_table(job.stage("generate").glob("*.parquet"), ["sampler", "guidance_scale"])
+    assert set(pool["sampler"].to_pylist()) == {"euler"}
+    assert set(pool["guidance_scale"].to_pylist()) == {scale}
+    pipe = DiffusionPipeline.from_pretrained(job.stage("train") / "model")
+    if training.endswith("2"):
+        pipe.load_lora_weights(job.stage("train") / "lora")
+    report = read_json(job.stage("report") / "report.json")
+    assert len(report["rewards"]) == 2
+
+
+def test_dev_is_trained_at_the_scale_that_each_example_was_drawn_with(tmp_path: Path) -> None:
+    job = run(tmp_path, "flux-dev", "generate.guidance_scale=2.5", "train.steps=1")
+    model = load_sd(kept_flow("flux-dev"))
+    selection, pool = job.stage("select") / "selection.parquet", job.stage("generate")
+    examples = load_examples(SFT(), model, selection, pool, torch.device("cpu"))
+    guidance = examples.cond.tensors["guidance"]
+    assert torch.equal(guidance, torch.full((len(examples.weight),), 2.5))
+
+    # Without a branch that is drawn with the empty prompt, dropout changes nothing.
+    found = []
+    for dropout in (0.0, 0.9):
+        config = TrainConfig(steps=2, batch_size=4, prompt_dropout=dropout, lora=LoraConfig(rank=2))
+        out = tmp_path / str(dropout)
+        out.mkdir()
+        train(config, SFT(), load_sd(kept_flow("flux-dev")), 0, selection, pool, out)
+        found.append((out / "lora" / "pytorch_lora_weights.safetensors").read_bytes())
+    assert found[0] == found[1]
