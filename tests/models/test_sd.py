@@ -8,7 +8,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from toy import (
     LINSPACE_SCHEDULER,
@@ -27,6 +32,11 @@ from craftune.sampling import initial_noise, sample
 from craftune.types import Model
 
 PROMPTS = ["two red dogs and a cat", "a dog", "", "a cat " * 40]
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm++2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
@@ -220,21 +230,19 @@ def test_the_schedule_is_the_checkpoint_s() -> None:
     torch.testing.assert_close(target, wanted.get_velocity(x_0, noise, t))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_the_grid_is_diffusers_own(tmp_path: Path, sampler: str, spacing: str) -> None:
     settings = {**SD15_SCHEDULER, "timestep_spacing": spacing}
     model = load_sd(random_checkpoint(tmp_path, scheduler=settings))
-    kind: Any = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    kind: Any = SCHEDULERS[sampler]
     for steps in (1, 2, 7, 30):
         wanted = kind.from_config(settings)
         wanted.set_timesteps(steps)
         grid = model.grid(sampler, steps)
         assert grid.timesteps.tolist() == wanted.timesteps.tolist()
         torch.testing.assert_close(grid.alphas**2 + grid.sigmas**2, torch.ones(steps, 2))
-        assert grid.sigmas[-1, 1] == (
-            0 if sampler == "dpm++2m" else pytest.approx(0.0292, abs=1e-3)
-        )
+        assert grid.sigmas[-1, 1] == (pytest.approx(0.0292, abs=1e-3) if sampler == "ddim" else 0)
 
 
 def test_karras_spacing_steps_between_timesteps(tmp_path: Path) -> None:
@@ -256,7 +264,7 @@ def test_karras_spacing_steps_between_timesteps(tmp_path: Path) -> None:
 
 
 def test_more_steps_than_timesteps_are_refused() -> None:
-    for sampler in ("ddim", "dpm++2m"):
+    for sampler in SCHEDULERS:
         model = load_sd(kept_checkpoint())
         assert len(model.grid(sampler, 400).timesteps) == 400
         for steps in (1000, 1001):
@@ -275,7 +283,7 @@ def test_zero_terminal_snr_needs_v_prediction(tmp_path: Path) -> None:
     model = load_sd(path)
     assert model.denoiser.schedule.alphas[-1] == 0
     noise, cond = initial_noise([1], model.latent_shape), model.encode_prompts(["a dog"])
-    for sampler, kind in (("ddim", DDIMScheduler), ("dpm++2m", DPMSolverMultistepScheduler)):
+    for sampler, kind in SCHEDULERS.items():
         pipe = plain_pipeline(path)
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         wanted = pipe(
