@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from craftune.errors import UserError
+from craftune.identities import one_identity_each
 from craftune.records import read_json, read_table
 from craftune.runs import STAGES, done, stage_folder
 
@@ -88,12 +89,13 @@ def read_run(folder: Path) -> Run:
             f"reads it; run `craftune {missing[0]}` or `craftune run` first"
         )
     verdicts = read_table(stage_folder(folder, "select") / "selection.parquet")
+    measured = _identities(folder)
     pool = _pool_scores(stage_folder(folder, "score"), verdicts["candidate"])
     return Run(
         folder=folder,
         recipe=recipe,
         stages={name: record for name, record in stages.items() if record is not None},
-        evaluation=_evaluation(stage_folder(folder, "evaluate"), tuple(pool)),
+        evaluation=_evaluation(stage_folder(folder, "evaluate"), tuple(pool), measured),
         selection=read_json(stage_folder(folder, "select") / "selection.json"),
         verdicts=verdicts,
         pool=pool,
@@ -101,7 +103,20 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _evaluation(folder: Path, training: tuple[str, ...]) -> Evaluation:
+def _identities(run: Path) -> dict[str, dict[str, Any]]:
+    """What each reward measured with, the same in the pool and in both models' images."""
+    pool, images = stage_folder(run, "score"), stage_folder(run, "evaluate")
+    paths = {str(pool): list(pool.glob("part-*.parquet"))} | {
+        f"{images}/scores-{model}-*.parquet": list(images.glob(f"scores-{model}-*.parquet"))
+        for model in ("base", "tuned")
+    }
+    tables = {place: read_table(found, ["reward", "identity"]) for place, found in paths.items()}
+    return one_identity_each(tables, "run with --redo score, on one device and with one reward")
+
+
+def _evaluation(
+    folder: Path, training: tuple[str, ...], identities: Mapping[str, Mapping[str, Any]]
+) -> Evaluation:
     columns = [*KEY, "prompt", "category", "seed"]
     tables = {
         model: read_table(folder.glob(f"images-{model}-*.parquet"), columns).sort_by(
@@ -118,11 +133,10 @@ def _evaluation(folder: Path, training: tuple[str, ...]) -> Evaluation:
     ids, first, prompt = np.unique(
         np.array(table["prompt_id"].to_pylist()), return_index=True, return_inverse=True
     )
-    scores, identities = {}, {}
+    scores = {}
     for model in ("base", "tuned"):
         scored = read_table(folder.glob(f"scores-{model}-*.parquet"))
         scores[model] = _by_reward(scored, table, folder, model)
-        identities |= _identities(scored)
     order = [*training, *(name for name in scores["base"] if name not in training)]
     return Evaluation(
         ids=tuple(ids.tolist()),
@@ -153,11 +167,6 @@ def _by_reward(
             )
         found[name] = values
     return found
-
-
-def _identities(scored: pa.Table) -> dict[str, dict[str, Any]]:
-    pairs = scored.group_by(["reward", "identity"]).aggregate([]).to_pylist()
-    return {pair["reward"]: json.loads(pair["identity"]) for pair in pairs}
 
 
 def _split(scored: pa.Table) -> Iterator[tuple[str, pa.Table]]:

@@ -14,12 +14,12 @@ import torch
 
 from craftune.errors import UserError, unknown_name
 from craftune.plugins import imported
-from craftune.rewards.aesthetic import aesthetic
-from craftune.rewards.clipscore import clipscore
+from craftune.rewards.aesthetic import AESTHETIC
+from craftune.rewards.clipscore import CLIPSCORE
 from craftune.rewards.custom import from_import_path
 from craftune.rewards.hps import hps
 from craftune.rewards.jpeg import compressibility, incompressibility
-from craftune.rewards.pickscore import pickscore
+from craftune.rewards.pickscore import PICKSCORE
 from craftune.rewards.published import Published
 from craftune.rewards.weights import digest
 from craftune.shapes.rewards import shapes_a, shapes_h, shapes_i, shapes_p, shapes_verifier
@@ -28,9 +28,9 @@ from craftune.types import Reward
 REWARDS: dict[str, Callable[[], Reward] | Published] = {
     "hpsv2.1": hps("hpsv2.1"),
     "hpsv2.0": hps("hpsv2.0"),
-    "pickscore": pickscore,
-    "aesthetic": aesthetic,
-    "clipscore": clipscore,
+    "pickscore": PICKSCORE,
+    "aesthetic": AESTHETIC,
+    "clipscore": CLIPSCORE,
     "jpeg-compressibility": compressibility,
     "jpeg-incompressibility": incompressibility,
     "shapes-h": shapes_h,

@@ -105,7 +105,7 @@ def _load(settings: AestheticSettings, device: torch.device) -> Reward:
     )
 
 
-aesthetic = Published(
+AESTHETIC = Published(
     "LAION aesthetic predictor (AES): CLIP ViT-L/14 and a linear head; ignores the prompt",
     AestheticSettings,
     _files,

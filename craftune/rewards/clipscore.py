@@ -73,7 +73,7 @@ def _load(settings: CLIPScoreSettings, device: torch.device) -> Reward:
     )
 
 
-clipscore = Published(
+CLIPSCORE = Published(
     "CLIPScore: fit of picture and prompt, CLIP ViT-L/14 or another tower; raw cosine",
     CLIPScoreSettings,
     _files,

@@ -77,7 +77,7 @@ def _load(settings: PickScoreSettings, device: torch.device) -> Reward:
     )
 
 
-pickscore = Published(
+PICKSCORE = Published(
     "PickScore v1: human preference, CLIP ViT-H/14; 100 x cosine",
     PickScoreSettings,
     _files,

@@ -1,6 +1,8 @@
 """Published files: found, downloaded, read without running code from them, and loaded strictly."""
 
 import functools
+import hashlib
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,11 +86,13 @@ def read(file: Path, key: str) -> dict[str, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
-        reason = str(error).strip().splitlines()[0]
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{key}: {file}: no whole file of weights ({reason}); fetch it again"
+            f"{key}: {file}: damaged, or no mere weights; files that run code are not read"
         ) from None
+    except Exception as error:  # torch, zipfile and safetensors each have their own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: {file}: damaged ({reason}); fetch it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{key}: {file}: holds a {type(found).__name__}, not a table of tensors")
     return found
@@ -141,8 +145,6 @@ def digest(files: Mapping[str, Path]) -> str:
     digests = {role: _sha256(path.resolve()) for role, path in files.items()}
     if len(digests) == 1:
         return next(iter(digests.values()))
-    import hashlib
-
     return hashlib.sha256(records.canonical(digests).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from craftune.errors import UserError
 from craftune.explain import reason
+from craftune.identities import one_identity_each
 from craftune.records import read_table, write_json, written
 from craftune.selection import NothingSelected, SelectConfig, Selection, Status, select
 
@@ -47,7 +48,7 @@ def load_pool(pool: Path, scores: Path) -> Pool:
     """
     table = read_table(pool.glob("part-*.parquet"), POOL_COLUMNS)
     scored = read_table(scores.glob("part-*.parquet"))
-    _one_identity_each(scored, scores)
+    one_identity_each({str(scores): scored}, "run with --redo score")
     prompt = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     variant, sample = table["variant"].to_numpy(), table["sample"].to_numpy()
     samples = int(sample.max()) + 1
@@ -116,16 +117,3 @@ def _write_verdicts(config: SelectConfig, pool: Pool, found: Selection, path: Pa
     }
     with written(path) as partial:
         pq.write_table(pa.table(columns), partial, compression="zstd")
-
-
-def _one_identity_each(scored: pa.Table, folder: Path) -> None:
-    """Scores measured with different weights or preprocessing must not mix."""
-    pairs = scored.group_by(["reward", "identity"]).aggregate([]).to_pylist()
-    seen: dict[str, str] = {}
-    for pair in pairs:
-        name, identity = pair["reward"], pair["identity"]
-        if seen.setdefault(name, identity) != identity:
-            raise UserError(
-                f"{folder}: {name!r} scored with two identities, {seen[name]} and {identity}; "
-                "run with --redo score"
-            )
