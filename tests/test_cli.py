@@ -113,12 +113,12 @@ def test_text_that_the_terminal_cannot_show_stops_nothing(done: Tiny) -> None:
 @pytest.mark.parametrize(
     ("table", "names"),
     [
-        ("rewards", [*REWARDS, "Your own: package.module:function", "Apache-2.0; 2.0 GB"]),
+        ("rewards", [*REWARDS, "Your own: package.module:function"]),
         ("refiners", [*REFINERS, "file", "Your own: package.module:function"]),
         ("methods", ["craft ", "[method.settings]", 'negatives = "drop"', "beta = 1", "sft "]),
         ("families", ["sd"]),
         ("filters", ["I_h", "I_hpa", "none"]),
-        ("settings", ["[train]", "steps = 120", "lora.rank", "[report]", '[reward."hpsv2.1"]']),
+        ("settings", ["[train]", "steps = 120", "lora.rank", "[report]"]),
     ],
 )
 def test_tables(tmp_path: Path, table: str, names: list[str]) -> None:
@@ -129,9 +129,12 @@ def test_tables(tmp_path: Path, table: str, names: list[str]) -> None:
     assert max(map(len, lines)) <= 130
     if table == "settings":
         names = ["[train]", "steps = 120", "[train.lora]", "rank = 0", "[report]"]
+        names += ['[reward."hpsv2.1"]', 'path = "xswu/HPSv2"']
     for name in names:
         assert any(line.startswith(name) for line in lines), name
     rows = [line for line in lines if line and line[0] not in "[ " and "Your own" not in line]
+    if table == "rewards":
+        assert " " * 24 + "weights: xswu/HPSv2, HPS_v2.1_compressed.pt; Apache-2.0; 2.0 GB" in lines
     assert [row for row in rows if len(row.split()) < 3] == []
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from craftune.config import GenerateConfig
 from craftune.errors import UserError
-from craftune.records import CANDIDATE, SCORE, read_json, read_table, write_table
+from craftune.records import CANDIDATE, SCORE, canonical, read_json, read_table, write_table
 from craftune.selection import SelectConfig, Status
 from craftune.stages.select import choose, load_pool
 
@@ -32,7 +32,12 @@ def write_run(
                 | {"refined_prompt": "r", "variant": variant, "sample": sample}
             )
             scores += [
-                {"candidate": name, "reward": r, "value": float(rng.normal()), "identity": r}
+                {
+                    "candidate": name,
+                    "reward": r,
+                    "value": float(rng.normal()),
+                    "identity": canonical({"name": r}),
+                }
                 for r in NAMES
             ]
     pool, scored = folder / "pool", folder / "scored"
@@ -179,16 +184,16 @@ def test_nothing_selected_says_what_each_part_would_keep(tmp_path: Path) -> None
 def test_scores_of_two_versions_never_mix(tmp_path: Path) -> None:
     pool, scored = write_run(tmp_path)
     rows = read_table(scored / "part-00000.parquet").to_pylist()
-    rows[0]["identity"] = "another"
+    rows[0]["identity"] = canonical({"name": rows[0]["reward"], "sha256": "another"})
     write_table(scored / "part-00000.parquet", rows[1:], SCORE)
     write_table(scored / "part-00001.parquet", rows[:1], SCORE)
-    with pytest.raises(UserError, match=r"scored with two identities.*--redo score"):
+    with pytest.raises(UserError, match=r"two identities: sha256 .*another.*--redo score"):
         load_pool(pool, scored)
 
 
 def test_scores_of_an_unknown_candidate(tmp_path: Path) -> None:
     pool, scored = write_run(tmp_path)
-    stranger = {"candidate": "x", "reward": "h", "value": 1.0, "identity": "h"}
+    stranger = {"candidate": "x", "reward": "h", "value": 1.0, "identity": canonical({"name": "h"})}
     write_table(scored / "part-00001.parquet", [stranger], SCORE)
     with pytest.raises(UserError, match="candidates that the pool lacks"):
         load_pool(pool, scored)
