@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -220,3 +221,41 @@ def test_adapters_load_in_a_plain_pipeline(case: tuple[str, int], tmp_path: Path
     pipe.unload_lora_weights()
     assert_equal_weights(plain, merged(network))
     assert any(not torch.equal(weight, before[key]) for key, weight in plain.state_dict().items())
+
+
+def test_all_networks_but_the_denoiser_make_room_and_come_back(model: Model) -> None:
+    """Text encoders and VAE are of no use while the denoiser trains."""
+    network = model.denoiser.network
+    before = model.encode_prompts(PROMPTS[:2]).tensors["tokens"]
+    model.move_rest(torch.device("cpu"))
+    assert torch.equal(model.encode_prompts(PROMPTS[:2]).tensors["tokens"], before)
+    model.move_rest(torch.device("meta"))
+    assert not any(p.is_meta for p in network.parameters())
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        model.encode_prompts(PROMPTS[:2]).tensors["tokens"].sum().item()
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        model.decode(torch.zeros(1, *model.latent_shape)).sum().item()
+
+
+def test_a_model_that_the_disk_cannot_hold_is_not_begun(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the bytes in half precision."""
+    network = model.denoiser.network
+    model.save(tmp_path / "full", network, torch.float32)
+    size = sum(f.stat().st_size for f in (tmp_path / "full").rglob("*.safetensors"))
+    little = shutil.disk_usage(tmp_path)._replace(free=int(0.8 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: little)
+    with pytest.raises(UserError, match=r"the model needs .* GB but .* GB are free"):
+        model.save(tmp_path / "none", network, torch.float32)
+    assert not (tmp_path / "none").exists()
+    model.save(tmp_path / "half", network, torch.float16)
+
+
+def test_a_network_in_the_gpu_s_layout_is_saved_as_any_other(model: Model, tmp_path: Path) -> None:
+    network = model.denoiser.network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.save(tmp_path / "model", network, torch.float32)
+    found = load_sd(tmp_path / "model").denoiser.network.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in before.items())
