@@ -36,7 +36,7 @@ def budget(recipe: Recipe) -> str:
     Raises:
         UserError: the checkpoint or the number of prompts is not known here.
     """
-    counted = figures(recipe.model, recipe.train.lora, recipe.train.gradient_checkpointing)
+    counted = figures(recipe.model, recipe.train.lora, recipe.train.gradient_checkpointing is True)
     prompts, held_out = _prompts(recipe)
     found = costs(recipe, counted, prompts, held_out)
     parts = [_head(recipe, counted), _stages(found), _gpus(recipe, counted, found)]
@@ -113,10 +113,10 @@ def _gpus(recipe: Recipe, counted: Figures, found: list[StageCost]) -> str:
 def _fits(recipe: Recipe, counted: Figures, found: list[StageCost], gpu: Gpu) -> str:
     """Whether the recipe fits as it is, and what would have to change."""
     small = [c.name for c in found if c.memory > gpu.memory * GIB]
+    size = largest_micro_batch(recipe.train, counted, gpu)
     if not small:
-        return "fits"
+        return f"fits, {size} at once" if recipe.train.micro_batch == "auto" else "fits"
     if small == ["train"]:
-        size = largest_micro_batch(recipe.train, counted, gpu)
         return f"micro_batch {size}" if size else "cannot train"
     return "not enough"
 
