@@ -74,10 +74,10 @@ def _head(recipe: Recipe, counted: Figures) -> str:
     trained = f"{_count(counted.trained)} trained (LoRA, rank {lora})" if lora else "all trained"
     return (
         f"{recipe.run.name}: {recipe.model.path}\n"
-        f"{counted.side} x {counted.side} pixels; {_count(weights)} weights in the "
-        f"{counted.denoiser}, {trained};\n"
-        f"{counted.forward_flops / 1e12:.3g} TFLOP a forward pass. Nothing was loaded; "
-        "what follows is estimated."
+        f"{counted.side} x {counted.side} pixels, {counted.forward_flops / 1e12:.3g} TFLOP a forward "
+        f"pass of the {counted.denoiser};\n"
+        f"{_count(weights)} weights in it, {trained}.\n"
+        "Nothing was loaded; what follows is estimated."
     )
 
 
@@ -140,7 +140,7 @@ def _remarks(recipe: Recipe, found: list[StageCost]) -> Iterable[str]:
 
 
 def _count(number: Number) -> str:
-    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
+    return f"{number / 1e6:,.1f} M"
 
 
 def _short(number: Number) -> str:

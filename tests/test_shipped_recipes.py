@@ -1,0 +1,55 @@
+"""Every recipe in recipes/ loads, fits the rewards and methods there are, and says what it costs."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from craftune import methods
+from craftune.models.published import PUBLISHED
+from craftune.recipes import load_recipe
+from craftune.refiners import REFINERS
+from craftune.rewards import REWARDS
+from craftune.selection import NothingSelected, select
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_in_order(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.run.name == path.stem
+    assert {*recipe.score.rewards, *recipe.evaluate.rewards} <= REWARDS.keys()
+    assert recipe.refine.by in REFINERS
+    assert recipe.model.path in (*PUBLISHED, "craftune:shapes/model")
+    assert recipe.train.batch_size % (recipe.train.micro_batch or 1) == 0
+    methods.build(recipe.method.name, recipe.method.settings)
+    columns = 1 + recipe.refine.variants * recipe.generate.seeds_per_variant
+    names = recipe.score.rewards
+    scores = np.random.default_rng(0).normal(size=(len(names), 50, columns))
+    config = dataclasses.replace(recipe.select, k=min(recipe.select.k, 10))
+    try:
+        found = select(config, names, scores)
+    except NothingSelected:
+        pytest.fail("its selection takes nothing from a pool of 50 prompts")
+    assert found.selected.sum() > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_header_says_command_hardware_and_time(path: Path) -> None:
+    header = path.read_text().partition("[run]")[0]
+    assert f"craftune run recipes/{path.name}" in header
+    assert "Hardware: " in header
+    assert "Time: " in header or "hours" in header
+
+
+@pytest.mark.parametrize(("name", "steps"), [("craft-sd15", 120), ("craft-sdxl", 200)])
+def test_the_paper_s_numbers(name: str, steps: int) -> None:
+    recipe = load_recipe(RECIPES[0].with_name(f"{name}.toml"))
+    assert (recipe.prompts.limit, recipe.refine.variants) == (10_000, 4)
+    assert recipe.select.weights == {"h": 0.4, "p": 0.4, "a": 0.2}
+    assert (recipe.select.filter, recipe.select.k, recipe.select.strategy) == ("I_hpa", 100, "top")
+    train = recipe.train
+    assert (train.steps, train.batch_size, train.learning_rate) == (steps, 128, 5e-5)
+    assert train.lora.rank == 0
