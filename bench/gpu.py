@@ -157,6 +157,7 @@ def updates(denoiser: Denoiser, parts: Parts, batch: int, micro: int, steps: int
         steps=steps,
         batch_size=batch,
         micro_batch=micro,
+        gradient_checkpointing=False,
         precision="bfloat16",
         save_every=10**6,
     )

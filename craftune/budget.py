@@ -13,6 +13,7 @@ from craftune.costs import (
     Gpu,
     Number,
     StageCost,
+    checkpointing,
     costs,
     largest_micro_batch,
 )
@@ -36,7 +37,7 @@ def budget(recipe: Recipe) -> str:
     Raises:
         UserError: the checkpoint or the number of prompts is not known here.
     """
-    counted = figures(recipe.model, recipe.train.lora, recipe.train.gradient_checkpointing is True)
+    counted = figures(recipe.model, recipe.train.lora, checkpointing(recipe.train))
     prompts, held_out = _prompts(recipe)
     found = costs(recipe, counted, prompts, held_out)
     parts = [_head(recipe, counted), _stages(found), _gpus(recipe, counted, found)]
@@ -74,8 +75,8 @@ def _head(recipe: Recipe, counted: Figures) -> str:
     trained = f"{_count(counted.trained)} trained (LoRA, rank {lora})" if lora else "all trained"
     return (
         f"{recipe.run.name}: {recipe.model.path}\n"
-        f"{counted.side} x {counted.side} pixels, {counted.forward_flops / 1e12:.3g} TFLOP a forward "
-        f"pass of the {counted.denoiser};\n"
+        f"{counted.side} x {counted.side} pixels, {counted.forward_flops / 1e12:.3g} TFLOP "
+        f"a forward pass of the {counted.denoiser};\n"
         f"{_count(weights)} weights in it, {trained}.\n"
         "Nothing was loaded; what follows is estimated."
     )
@@ -113,10 +114,10 @@ def _gpus(recipe: Recipe, counted: Figures, found: list[StageCost]) -> str:
 def _fits(recipe: Recipe, counted: Figures, found: list[StageCost], gpu: Gpu) -> str:
     """Whether the recipe fits as it is, and what would have to change."""
     small = [c.name for c in found if c.memory > gpu.memory * GIB]
-    size = largest_micro_batch(recipe.train, counted, gpu)
     if not small:
-        return f"fits, {size} at once" if recipe.train.micro_batch == "auto" else "fits"
+        return "fits"
     if small == ["train"]:
+        size = largest_micro_batch(recipe.train, counted, gpu)
         return f"micro_batch {size}" if size else "cannot train"
     return "not enough"
 
@@ -125,6 +126,8 @@ def _remarks(recipe: Recipe, found: list[StageCost]) -> Iterable[str]:
     total = sum(cost.flops for cost in found)
     worst = max(found, key=lambda cost: cost.flops)
     yield f"Most of it is {worst.name}: {worst.flops / total:.0%} of the arithmetic."
+    if recipe.train.micro_batch == "auto":
+        yield 'train: at least one example at once, as micro_batch = "auto" takes what fits.'
     used = {recipe.model.dtype, recipe.train.precision}
     shares = " and ".join(f"{SHARE[d]:.0%} of the {d} rate" for d in sorted(used))
     yield f"Assumed: {shares} of the data sheet; loading and downloads not counted."

@@ -164,13 +164,18 @@ def image_flops(recipe: Recipe, figures: Figures) -> Number:
 def example_flops(config: TrainConfig, figures: Figures) -> Number:
     """Of one example in one update: forward, backward and what is recomputed."""
     backward = BACKWARD_LORA if config.lora.rank else BACKWARD
-    recomputed = RECOMPUTED[figures.denoiser] if config.gradient_checkpointing is True else 0
+    recomputed = RECOMPUTED[figures.denoiser] if checkpointing(config) else 0
     return figures.forward_flops * (1 + backward + recomputed)
 
 
 def micro_batch(config: TrainConfig) -> int:
-    """Examples per forward and backward pass; "auto" takes what fits, at least one."""
+    """Examples per forward and backward pass; 1 for "auto", the least that must fit."""
     return 1 if config.micro_batch == "auto" else min(config.micro_batch, config.batch_size)
+
+
+def checkpointing(config: TrainConfig) -> bool:
+    """Whether activations are recomputed; "auto" is planned so, as it may have to."""
+    return config.gradient_checkpointing is not False
 
 
 def training_memory(config: TrainConfig, figures: Figures, micro: int) -> Number:
@@ -184,12 +189,10 @@ def training_memory(config: TrainConfig, figures: Figures, micro: int) -> Number
     fixed = 4 * weights + (4 + STATE[config.optimizer]) * figures.trained
     fixed += 4 * figures.trained if config.ema_decay else 0
     half = config.precision == "bfloat16"
-    if half and config.gradient_checkpointing is not True:
+    if half and not checkpointing(config):
         fixed += 2 * weights
     kept = figures.kept_bytes * (AUTOCAST if half else 2)
-    recomputed = (
-        2 if config.gradient_checkpointing is True else 1
-    )  # one block at a time, about as much
+    recomputed = 2 if checkpointing(config) else 1  # one block at a time, about as much
     loaded = 4 * sum(figures.parameters.values())
     return max(fixed + micro * kept * recomputed, loaded) + RESERVE * GIB
 

@@ -37,6 +37,7 @@ FIGURES = Figures(
     kept_bytes=10 * GIB,
 )
 RESERVED = RESERVE * GIB
+PLAIN = {"gradient_checkpointing": False}
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def recipe(tmp_path: Path) -> Recipe:
         "generate.batch_size": 4,
         "train.steps": 8,
         "train.batch_size": 6,
+        "train.gradient_checkpointing": "false",
         "evaluate.images_per_prompt": 3,
     }
     return load_recipe(tiny(tmp_path).recipe, [f"{k}={v}" for k, v in settings.items()])
@@ -84,22 +86,22 @@ def test_memory_of_drawing_by_hand(recipe: Recipe) -> None:
 
 def test_memory_of_training_by_hand() -> None:
     kept = 10 * GIB
-    assert training_memory(TrainConfig(), FIGURES, 2) == 16 * 1000 + 2 * 2 * kept + RESERVED
-    half = TrainConfig(precision="bfloat16", ema_decay=0.9)
+    assert training_memory(TrainConfig(**PLAIN), FIGURES, 2) == 16 * 1000 + 2 * 2 * kept + RESERVED
+    half = TrainConfig(**PLAIN, precision="bfloat16", ema_decay=0.9)
     expected = (16 + 4 + 2) * 1000 + 2 * AUTOCAST * kept + RESERVED
     assert training_memory(half, FIGURES, 2) == pytest.approx(expected, rel=1e-12)
     adapters = dataclasses.replace(FIGURES, trained=10)
-    lora = TrainConfig(lora=LoraConfig(rank=4))
+    lora = TrainConfig(**PLAIN, lora=LoraConfig(rank=4))
     assert training_memory(lora, adapters, 1) == 4 * 1000 + 12 * 10 + 2 * kept + RESERVED
 
 
 def test_the_whole_checkpoint_has_to_fit_while_it_loads() -> None:
     big = dataclasses.replace(FIGURES, kept_bytes=0, parameters={"unet": 1000, "t5": 10**10})
-    assert training_memory(TrainConfig(), big, 1) == 4 * (10**10 + 1000) + RESERVED
+    assert training_memory(TrainConfig(**PLAIN), big, 1) == 4 * (10**10 + 1000) + RESERVED
 
 
 def test_the_micro_batch_that_fits() -> None:
-    config, least = TrainConfig(batch_size=64), RESERVE + 0.1
+    config, least = TrainConfig(**PLAIN, batch_size=64), RESERVE + 0.1
     assert largest_micro_batch(config, FIGURES, Gpu(least + 80, 1, 1)) == 4
     assert largest_micro_batch(config, FIGURES, Gpu(least + 79, 1, 1)) == 2
     assert largest_micro_batch(config, FIGURES, Gpu(least, 1, 1)) == 0
