@@ -60,6 +60,8 @@ name = "sft"
 [train]
 steps = {steps}
 batch_size = {batch}
+micro_batch = {batch}
+gradient_checkpointing = false
 save_every = 100000
 """
 

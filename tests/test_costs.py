@@ -37,7 +37,7 @@ FIGURES = Figures(
     kept_bytes=10 * GIB,
 )
 RESERVED = RESERVE * GIB
-PLAIN = {"gradient_checkpointing": False}
+PLAIN = TrainConfig(gradient_checkpointing=False)
 
 
 @pytest.fixture
@@ -86,22 +86,22 @@ def test_memory_of_drawing_by_hand(recipe: Recipe) -> None:
 
 def test_memory_of_training_by_hand() -> None:
     kept = 10 * GIB
-    assert training_memory(TrainConfig(**PLAIN), FIGURES, 2) == 16 * 1000 + 2 * 2 * kept + RESERVED
-    half = TrainConfig(**PLAIN, precision="bfloat16", ema_decay=0.9)
+    assert training_memory(PLAIN, FIGURES, 2) == 16 * 1000 + 2 * 2 * kept + RESERVED
+    half = dataclasses.replace(PLAIN, precision="bfloat16", ema_decay=0.9)
     expected = (16 + 4 + 2) * 1000 + 2 * AUTOCAST * kept + RESERVED
     assert training_memory(half, FIGURES, 2) == pytest.approx(expected, rel=1e-12)
     adapters = dataclasses.replace(FIGURES, trained=10)
-    lora = TrainConfig(**PLAIN, lora=LoraConfig(rank=4))
+    lora = dataclasses.replace(PLAIN, lora=LoraConfig(rank=4))
     assert training_memory(lora, adapters, 1) == 4 * 1000 + 12 * 10 + 2 * kept + RESERVED
 
 
 def test_the_whole_checkpoint_has_to_fit_while_it_loads() -> None:
     big = dataclasses.replace(FIGURES, kept_bytes=0, parameters={"unet": 1000, "t5": 10**10})
-    assert training_memory(TrainConfig(**PLAIN), big, 1) == 4 * (10**10 + 1000) + RESERVED
+    assert training_memory(PLAIN, big, 1) == 4 * (10**10 + 1000) + RESERVED
 
 
 def test_the_micro_batch_that_fits() -> None:
-    config, least = TrainConfig(**PLAIN, batch_size=64), RESERVE + 0.1
+    config, least = dataclasses.replace(PLAIN, batch_size=64), RESERVE + 0.1
     assert largest_micro_batch(config, FIGURES, Gpu(least + 80, 1, 1)) == 4
     assert largest_micro_batch(config, FIGURES, Gpu(least + 79, 1, 1)) == 2
     assert largest_micro_batch(config, FIGURES, Gpu(least, 1, 1)) == 0
