@@ -174,6 +174,20 @@ def test_seeds_that_differ_are_refused(tmp_path: Path) -> None:
         report(folder, folder / "8-report")
 
 
+@pytest.mark.parametrize("file", ["4-score/part-00000", "7-evaluate/scores-tuned-00000"])
+def test_scores_measured_differently_are_refused(tmp_path: Path, file: str) -> None:
+    """The composite is on the pool's scale: pool, base and tuned must be of one measure."""
+    fake_run(tmp_path / "run")
+    path = tmp_path / "run" / f"{file}.parquet"
+    table = pq.read_table(path)
+    texts = [text.replace("float32", "float16") for text in table["identity"].to_pylist()]
+    at = table.schema.get_field_index("identity")
+    kind = table.schema.field("identity").type
+    pq.write_table(table.set_column(at, "identity", pa.array(texts).cast(kind)), path)
+    with pytest.raises(UserError, match=r"two identities: dtype '.*' and '.*'; run with --redo"):
+        read_run(tmp_path / "run")
+
+
 def test_missing_scores_are_refused(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run")
     path = folder / "7-evaluate" / "scores-tuned-00000.parquet"

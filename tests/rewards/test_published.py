@@ -86,7 +86,7 @@ def by_hand_hps(images: list[Image.Image], prompts: list[str]) -> Tensor:
     shapes = open_clip_shapes(embedding=32, vision=(160, 2), text=(64, 2), patch=28)
     halves = {k: v.half().float() for k, v in open_clip_weights(shapes, 4.0).items()}
     weights = clip.from_open_clip(halves, "")
-    model = CLIPModel(clip.config_of(weights, "gelu", 80, 64, "")).eval()
+    model: Any = CLIPModel(clip.config_of(weights, "gelu", 80, 64, "")).eval()
     model.load_state_dict(weights)
     values = np.stack([np.asarray(image, np.float32) / 255 for image in images])
     shown = torch.from_numpy(values).permute(0, 3, 1, 2)  # squares: nothing is cut off
@@ -226,7 +226,7 @@ def test_gradients_in_half_precision(name: str, dtype: str) -> None:
         assert reward.gradient is not None
         values = reward.gradient(pixels, ["a", "b"])
         assert values.dtype == torch.float32
-        grads.append(torch.autograd.grad(values.sum(), pixels)[0])
+        grads.append(torch.autograd.grad(values.sum() * 1e-4, pixels)[0])  # as of a small loss
     assert torch.isfinite(grads[1]).all()
     assert F.cosine_similarity(grads[0].flatten(), grads[1].flatten(), dim=0) > 0.95
 
