@@ -125,7 +125,7 @@ def test_only_hps_cleans(tokenizer_folder: str) -> None:
     plain, clean = (
         text.clip_tokenizer(tokenizer_folder, "test", how) for how in (str, text.cleaned)
     )
-    for written, read in (("a corgi\u2019s head", "a corgi's head"), ("a &amp;amp; b", "a & b")):
+    for written, read in (("a corgi\u2019s head", "a corgi's head"), ("< &amp;amp;", "< &")):
         assert torch.equal(clean([written]), plain([read]))
         assert not torch.equal(plain([written]), plain([read]))
 
