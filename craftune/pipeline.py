@@ -58,7 +58,6 @@ def check(recipe: Recipe) -> None:
     rewards.check_names(recipe.score.rewards, "score.rewards")
     rewards.check_names(recipe.evaluate.rewards, "evaluate.rewards")
     rewards.check_settings(recipe.reward)
-    rewards.made_from((*recipe.score.rewards, *recipe.evaluate.rewards), recipe.reward)
     refiners.check(recipe.refine)
     methods.build(recipe.method.name, recipe.method.settings)
     optimizers.check_installed(recipe.train.optimizer)
