@@ -69,10 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from craftune import commands
-    from craftune.errors import UserError
+    from craftune.errors import EndedElsewhere, UserError
 
     try:
         return commands.COMMANDS[options.command](options)
+    except EndedElsewhere:
+        return 2
     except (UserError, FloatingPointError) as error:
         message = str(error)
     except BrokenPipeError:

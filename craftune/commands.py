@@ -17,6 +17,7 @@ from craftune.errors import UserError, unknown_name
 from craftune.explain import explain as explain_cell
 from craftune.methods import METHODS
 from craftune.models import FAMILIES
+from craftune.processes import ALONE, Processes, joined
 from craftune.recipes import keys_of, load_recipe, settings
 from craftune.records import read_json
 from craftune.refiners import REFINERS
@@ -32,18 +33,25 @@ KEY_WIDTH = 29
 
 def run(options: argparse.Namespace) -> int:
     """All stages or one."""
-    recipe = _checked(options)
-    folder = pipeline.run(recipe, only=options.stage, again=options.redo)
-    if options.stage not in (None, "report"):
-        print(stage_folder(folder, options.stage))
-        return 0
+    with joined() as processes:
+        recipe = _checked(options, processes)
+        folder = pipeline.run(recipe, processes, only=options.stage, again=options.redo)
+        if processes.main:
+            _print_outcome(folder, options.stage)
+    return 0
+
+
+def _print_outcome(folder: Path, stage: str | None) -> None:
+    """Where the outputs of a stage are; after the last one, what it found."""
+    if stage not in (None, "report"):
+        print(stage_folder(folder, stage))
+        return
     model, report = stage_folder(folder, "train") / "model", stage_folder(folder, "report")
     found = read_json(report / "report.json")
     print(found["conclusion"], *(f"  {line}" for line in found["headline"]), "", sep="\n")
     print(f"report: {report / 'report.html'}")
     print(f"model:  {model}")
     print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{model}")')
-    return 0
 
 
 def check(options: argparse.Namespace) -> int:
@@ -53,10 +61,10 @@ def check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(options: argparse.Namespace) -> Recipe:
+def _checked(options: argparse.Namespace, processes: Processes = ALONE) -> Recipe:
     recipe = load_recipe(options.recipe, options.set)
     try:
-        pipeline.check(recipe)
+        pipeline.check(recipe, processes)
     except UserError as error:
         raise UserError(f"{options.recipe}, {error}") from error
     return recipe

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class EndedElsewhere(Exception):  # noqa: N818 - nothing went wrong here
+    """Another process of this launch says why it ends; this one ends without a word."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """A message for a name that is in no table, with the closest known one."""
     names = sorted(known)

@@ -15,6 +15,7 @@ from craftune.config import Recipe
 from craftune.errors import UserError
 from craftune.hub_prompts import on_hub, parse
 from craftune.plan import stages
+from craftune.processes import ALONE, Processes
 from craftune.records import write_json
 from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
 from craftune.selection import NothingSelected, select
@@ -47,13 +48,13 @@ LESS_MEMORY = {
 """What to change where the device's memory is not enough; it changes no result."""
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, processes: Processes = ALONE) -> None:
     """Refuse what cannot work, before anything loads.
 
     Raises:
         UserError: an unknown name of a reward, refiner, method, family or setting, a selection
-            that does not fit the rewards, a file or checkpoint that is missing, or an impossible
-            device.
+            that does not fit the rewards, a file or checkpoint that is missing, an impossible
+            device, or more processes than rows in a batch.
     """
     rewards.check_names(recipe.score.rewards, "score.rewards")
     rewards.check_names(recipe.evaluate.rewards, "evaluate.rewards")
@@ -75,7 +76,12 @@ def check(recipe: Recipe) -> None:
             "or a number of prompts to hold out"
         )
     models.family_of(recipe.model)
-    device_of(recipe)
+    device_of(recipe, processes)
+    if recipe.train.batch_size < processes.count:
+        raise UserError(
+            f"train.batch_size: {recipe.train.batch_size} is fewer than {processes.count} "
+            "processes, but each must get a row; launch fewer, or choose larger batches"
+        )
 
 
 def _check_selection(recipe: Recipe) -> None:
@@ -92,19 +98,29 @@ def _check_selection(recipe: Recipe) -> None:
         raise UserError(str(error)) from None
 
 
-def device_of(recipe: Recipe) -> torch.device:
-    """Where the networks run.
+def device_of(recipe: Recipe, processes: Processes = ALONE) -> torch.device:
+    """Where the networks of this process run; each process of a machine has a GPU of its own.
 
     Raises:
-        UserError: torch does not know the device, or has none of that kind.
+        UserError: torch does not know the device, or has none of that kind or number.
     """
-    if recipe.run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = recipe.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if processes.count == 1:
+            return torch.device(name)
     try:
-        return torch.empty(0, device=recipe.run.device).device
+        if processes.count > 1 and torch.device(name).type != "cpu":
+            if torch.device(name).index is not None:
+                raise UserError(
+                    f"run.device {name!r}: {processes.count} processes need a device each; write "
+                    f"{torch.device(name).type!r}"
+                )
+            name = f"{name}:{processes.local_rank}"
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"run.device {recipe.run.device!r}: {reason}") from None
+        raise UserError(f"run.device {name!r}: {reason}") from None
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -112,38 +128,54 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.run.out).expanduser() / recipe.run.name
 
 
-def run(recipe: Recipe, *, only: str | None = None, again: str | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    processes: Processes = ALONE,
+    *,
+    only: str | None = None,
+    again: str | None = None,
+) -> Path:
     """All stages, or one; those that are done are skipped. Returns the run folder.
 
     A run folder is of one recipe: where a stage was made with other settings, nothing is touched.
 
     Args:
+        processes: those that share the work; each calls this function.
         only: the one stage to run.
         again: throw away this stage and all later ones first.
 
     Raises:
         UserError: see `check` and `runs.execute`.
     """
-    check(recipe)
-    folder = run_folder(recipe)
-    print(f"{folder}: {recipe.model.path} on {device_of(recipe)}", file=sys.stderr, flush=True)
-    with locked(folder):
-        planned = stages(recipe, folder, device_of(recipe))
-        for stage in planned[: STAGES.index(again) if again else None]:
-            refuse_change(folder, stage)
-        if again:
-            redo(folder, again)
-        write_json(folder / "run.json", asdict(recipe))
+    check(recipe, processes)
+    folder, device = run_folder(recipe), device_of(recipe, processes)
+    if processes.count > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)  # rewards of the user's may say just "cuda"
+    with processes.one_voice(), locked(folder, processes):
+        where = f"{processes.count} x {device.type}" if processes.count > 1 else str(device)
+        print(f"{folder}: {recipe.model.path} on {where}", file=sys.stderr, flush=True)
+        planned = stages(recipe, folder, device, processes)
+        if processes.main:
+            _prepare(recipe, folder, planned, again)
         for stage in planned:
             if only in (None, stage.name):
-                _execute(folder, stage)
+                _execute(folder, stage, processes)
     return folder
 
 
-def _execute(folder: Path, stage: Stage) -> None:
+def _prepare(recipe: Recipe, folder: Path, planned: list[Stage], again: str | None) -> None:
+    """Refuse settings that differ from the folder's; throw away what is made again."""
+    for stage in planned[: STAGES.index(again) if again else None]:
+        refuse_change(folder, stage)
+    if again:
+        redo(folder, again)
+    write_json(folder / "run.json", asdict(recipe))
+
+
+def _execute(folder: Path, stage: Stage, processes: Processes = ALONE) -> None:
     """Run one stage and say so on a line of standard error."""
     try:
-        worked = execute(folder, stage)
+        worked = execute(folder, stage, processes)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         mend = LESS_MEMORY.get(stage.name, "free some of the device's memory")
@@ -157,6 +189,8 @@ def _execute(folder: Path, stage: Stage) -> None:
             raise
         reason = os.strerror(int(number[1]))
         raise OSError(int(number[1]), reason, str(stage_folder(folder, stage.name))) from None
+    if not processes.main:
+        return
     record = done(folder, stage.name) or {}
     counts = record["counts"]
     rejected = ", ".join(

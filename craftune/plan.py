@@ -13,6 +13,7 @@ from craftune import methods, models, refiners, rewards
 from craftune.config import ModelConfig, Recipe
 from craftune.hub_prompts import on_hub
 from craftune.plugins import source_sha256
+from craftune.processes import ALONE, Processes
 from craftune.records import canonical, sha256
 from craftune.runs import STAGES, Stage, stage_folder
 from craftune.stages.evaluate import evaluate
@@ -39,6 +40,7 @@ class _Plan:
     settings: Mapping[str, Any]
     at: Mapping[str, Path]
     device: torch.device
+    processes: Processes
     made_from: Mapping[str, Any]
 
     def load(self, config: ModelConfig) -> Model:
@@ -51,7 +53,7 @@ class _Plan:
 
     def weights(self, names: Iterable[str]) -> dict[str, Any]:
         """Which weights the published rewards among these have."""
-        found = rewards.made_from(names, self.recipe.reward)
+        found = self.processes.told(lambda: rewards.made_from(names, self.recipe.reward))
         return {"reward": found} if found else {}
 
     def only(self, section: str, *keys: str) -> dict[str, Any]:
@@ -63,15 +65,20 @@ class _Plan:
         return {k: v for k, v in self.settings[section].items() if k not in keys}
 
 
-def stages(recipe: Recipe, folder: Path, device: torch.device) -> list[Stage]:
+def stages(
+    recipe: Recipe, folder: Path, device: torch.device, processes: Processes = ALONE
+) -> list[Stage]:
     """The stages in order, not yet run."""
     settings = asdict(recipe)
-    weights = hashlib.sha256(canonical(models.identity(recipe.model)).encode()).hexdigest()
+    # Reads every weight, so once is enough.
+    identity = processes.told(lambda: models.identity(recipe.model))
+    weights = hashlib.sha256(canonical(identity).encode()).hexdigest()
     plan = _Plan(
         recipe,
         settings,
         {name: stage_folder(folder, name) for name in STAGES},
         device,
+        processes,
         {
             "run": {"seed": recipe.run.seed},
             "model": settings["model"] | {"path_sha256": weights},
@@ -125,8 +132,10 @@ def _pool(plan: _Plan) -> list[Stage]:
                 at["prompts"] / "prompts.jsonl",
                 at["refine"] / "refined.jsonl",
                 out,
+                plan.processes,
             ),
             device=device,
+            shared=True,
         ),
         Stage(
             "score",
@@ -135,9 +144,12 @@ def _pool(plan: _Plan) -> list[Stage]:
                 "score": plan.only("score", "rewards"),
                 **plan.weights(recipe.score.rewards),
             },
-            work=lambda out: score(recipe.score, at["generate"], out, plan.reward),
+            work=lambda out: score(
+                recipe.score, at["generate"], out, plan.reward, plan.processes
+            ),
             code=_code(recipe.score.rewards, "score.rewards"),
             device=device,
+            shared=True,
         ),
         Stage(
             "select",
@@ -174,8 +186,10 @@ def _tuning(plan: _Plan) -> list[Stage]:
                 at["select"] / "selection.parquet",
                 at["generate"],
                 out,
+                plan.processes,
             ),
             device=device,
+            shared=True,
         ),
         Stage(
             "evaluate",
@@ -190,6 +204,7 @@ def _tuning(plan: _Plan) -> list[Stage]:
             work=lambda out: _compare(plan, names, out),
             code=_code(names, "evaluate.rewards"),
             device=device,
+            shared=True,
         ),
     ]
 
@@ -202,9 +217,19 @@ def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
     for arm, config in (("base", recipe.model), ("tuned", tuned)):
         model, seed = plan.load(config), recipe.run.seed
         counts |= evaluate(
-            arm, recipe.evaluate, recipe.generate, model, names, seed, prompts, out, plan.reward
+            arm,
+            recipe.evaluate,
+            recipe.generate,
+            model,
+            names,
+            seed,
+            prompts,
+            out,
+            plan.reward,
+            plan.processes,
         )
-    shutil.copy(prompts, out / "prompts.jsonl")
+    if plan.processes.main:
+        shutil.copy(prompts, out / "prompts.jsonl")
     return counts
 
 

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from craftune.differences import first_difference, plain, told
 from craftune.errors import UserError
+from craftune.processes import ALONE, Processes
 from craftune.records import read_json, sha256, write_json
 
 STAGES = ("prompts", "refine", "generate", "score", "select", "train", "evaluate", "report")
@@ -38,6 +40,7 @@ class Stage:
         code: sha256 of the user's functions that it calls. They may be mended while the stage is
             unfinished: `work` itself makes anew what they changed.
         device: where it runs, for the record.
+        shared: whether every process of a launch takes part in `work`; else the main one alone.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Stage:
     work: Callable[[Path], Mapping[str, int]]
     code: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    shared: bool = False
 
 
 def stage_folder(run: Path, name: str) -> Path:
@@ -63,23 +67,34 @@ def done(run: Path, name: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """One process per run folder; the lock goes with the process, however it ends.
+def locked(run: Path, processes: Processes = ALONE) -> Iterator[None]:
+    """One launch per run folder; the lock goes with its last process, however that ends.
 
     Raises:
-        UserError: another process works on this run.
+        UserError: another process works on this run, or not all processes see one folder.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run}: another craftune process is working on this run; wait for it, or choose "
-                "another run.name"
-            ) from None
-        shutil.rmtree(run / TRASH, ignore_errors=True)  # of a --redo that was killed
+        if processes.main:
+            _lock(run, file, fcntl.LOCK_EX)
+            shutil.rmtree(run / TRASH, ignore_errors=True)  # of a --redo that was killed
+        if processes.count > 1:
+            if processes.main:
+                _lock(run, file, fcntl.LOCK_SH)
+            processes.require_same(run)
+            if not processes.main:
+                _lock(run, file, fcntl.LOCK_SH)
         yield
+
+
+def _lock(run: Path, file: IO[str], kind: int) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{run}: another craftune process is working on this run; wait for it, or choose "
+            "another run.name"
+        ) from None
 
 
 def redo(run: Path, name: str) -> None:
@@ -91,26 +106,24 @@ def redo(run: Path, name: str) -> None:
             shutil.rmtree(run / TRASH)
 
 
-def execute(run: Path, stage: Stage) -> bool:
+def execute(run: Path, stage: Stage, processes: Processes = ALONE) -> bool:
     """Run one stage unless it is done. Returns whether anything was done.
+
+    Args:
+        processes: those of this launch; each calls this function, the main one writes the marks.
 
     Raises:
         UserError: the stage was made from other settings or inputs; an input is missing or was
             changed by hand; an earlier stage has not run.
     """
     folder = stage_folder(run, stage.name)
-    inputs = _inputs(run, stage)
-    refuse_change(run, stage, inputs)
-    finished = done(run, stage.name)
-    if finished and all((folder / name).is_file() for name in finished["outputs"]):
-        (folder / BEGUN).unlink(missing_ok=True)  # of a process killed between the two marks
+    key = processes.told(lambda: _begin(run, stage))
+    if key is None:
         return False
-    _verify_inputs(run, stage)
-
-    key = {"config": _plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / BEGUN, key)
-    (folder / DONE).unlink(missing_ok=True)
+    if not processes.main:
+        if stage.shared:
+            stage.work(folder)
+        return True
     started = time.monotonic()
     counts = dict(stage.work(folder))
     outputs = sorted(p for p in folder.rglob("*") if p.is_file() and _is_output(p, folder))
@@ -128,6 +141,24 @@ def execute(run: Path, stage: Stage) -> bool:
     return True
 
 
+def _begin(run: Path, stage: Stage) -> dict[str, Any] | None:
+    """Write the first mark and return what it holds; None where the stage is done already."""
+    folder = stage_folder(run, stage.name)
+    inputs = _inputs(run, stage)
+    refuse_change(run, stage, inputs)
+    finished = done(run, stage.name)
+    if finished and all((folder / name).is_file() for name in finished["outputs"]):
+        (folder / BEGUN).unlink(missing_ok=True)  # of a process killed between the two marks
+        return None
+    _verify_inputs(run, stage)
+
+    key = {"config": plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEGUN, key)
+    (folder / DONE).unlink(missing_ok=True)
+    return key
+
+
 def refuse_change(run: Path, stage: Stage, inputs: Mapping[str, Any] | None = None) -> None:
     """Refuse a stage that was made, or begun, from something else.
 
@@ -140,14 +171,14 @@ def refuse_change(run: Path, stage: Stage, inputs: Mapping[str, Any] | None = No
     before, parts = done(run, stage.name), ("config", "code", "inputs")
     if before is None and _worked(stage_folder(run, stage.name)):
         before, parts = _mark(run, stage.name, BEGUN, {"config", "inputs"}), ("config", "inputs")
-    now = {"config": _plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
+    now = {"config": plain(stage.made_from), "code": dict(stage.code), "inputs": inputs}
     for part in parts:
         if before is None or now[part] is None:
             continue
-        difference = _first_difference(before[part], now[part])
+        difference = first_difference(before[part], now[part])
         if difference:
             raise UserError(
-                f"{stage_folder(run, stage.name)} {_told(part, *difference)}; run with --redo "
+                f"{stage_folder(run, stage.name)} {told(part, *difference)}; run with --redo "
                 f"{stage.name} to make this stage and the later ones anew, or choose another "
                 "run.name"
             )
@@ -217,36 +248,3 @@ def _verify_inputs(run: Path, stage: Stage) -> None:
                     f"{path}: {state} stage {name!r} wrote it; delete the file and run again "
                     f"(only it is made anew), or run with --redo {name}"
                 )
-
-
-def _told(part: str, where: str, old: Any, new: Any) -> str:
-    """A difference in words; nobody wants to read two digests."""
-    if part == "inputs":
-        stage, _, file = where.partition(".")
-        return f"was made from another {file or 'outcome'} of stage {stage!r}"
-    if part == "code":
-        return f"was made before the source of {where!r} changed"
-    if where.endswith("_sha256"):
-        return f"was made before the content of {where.removesuffix('_sha256')} changed"
-    return f"was made with {where} = {old!r}, now it is {new!r}"
-
-
-def _first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted key, old and new value of the first place where two plain values differ."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return None if before == now else (where, before, now)
-    for key in sorted(before.keys() | now.keys()):
-        place = f"{where}.{key}" if where else key
-        found = _first_difference(before.get(key), now.get(key), place)
-        if found:
-            return found
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """The same value as JSON would give it back."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value

@@ -6,6 +6,7 @@ batch and all its randomness are functions of the step's number, drawn before th
 
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from torch import nn
 
 from craftune.config import TrainConfig
+from craftune.errors import UserError
 from craftune.memory import Fit
 from craftune.optimizers import OPTIMIZERS, learning_rate
+from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import write_text
 from craftune.seeds import stream
@@ -32,6 +35,7 @@ def train(
     config: TrainConfig,
     seed: int,
     out: Path,
+    processes: Processes = ALONE,
 ) -> tuple[nn.Module, Fit]:
     """Fine-tune `policy.network` in place; write metrics.jsonl and checkpoint-N/ under `out`.
 
@@ -42,6 +46,7 @@ def train(
     Args:
         reference: the frozen starting network, where `method.needs_reference`.
         feed: step number, counted from 0 -> the whole batch of that step.
+        processes: those that share each batch; each calls this function, the main one writes.
 
     Returns:
         The trained network, with its averaged weights where `config.ema_decay` > 0; and how the
@@ -59,19 +64,27 @@ def train(
     if average is not None:
         stateful["average"] = average
     first = latest(out, stateful)
+    if first != processes.told(lambda: first):
+        raise UserError(f"{out}: not all processes see the same checkpoints; run again")
 
     def trial(examples: int) -> None:
         batch, draws = _step(method, policy, feed, seed, 0)
         rows = slice(0, examples)
         _backward(method, policy, reference, batch.rows(rows), draws.rows(rows), config, 1.0)
 
-    fit.settle(network, optimizer, trial, config.batch_size)
-    with _metrics_log(out, first) as log, stop_requests() as stops:
+    mine = processes.part(config.batch_size)
+    fit.settle(network, optimizer, trial, len(mine))
+    with (
+        _metrics_log(out, first) if processes.main else _no_log() as log,
+        stop_requests() as stops,
+    ):
         for step in track(range(first, config.steps), "train", config.steps - first, "step"):
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            metrics = _gradients(method, policy, reference, feed, config, seed, step, fit)
+            own = _gradients(method, policy, reference, feed, config, seed, step, fit, mine)
+            metrics = processes.totals(own)
+            processes.add_up(p.grad for p in parameters if p.grad is not None)
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             _require_finite(step, metrics, norm.item())
             method.check(metrics)
@@ -89,10 +102,13 @@ def train(
                 time.perf_counter() - started,
             )
             due = (step + 1) % config.save_every == 0 and step + 1 < config.steps
-            if due or stops:
+            stopping = processes.any(bool(stops))
+            if (due or stopping) and processes.main:
                 save(out / f"checkpoint-{step + 1}", step + 1, stateful)
                 prune(out, config.keep_checkpoints)
-            if stops:
+            if stopping:
+                processes.follow()
+                stops += [] if stops else [signal.SIGTERM]  # another process's
                 break
     if average is not None:
         average.put_into(network)
@@ -116,16 +132,17 @@ def _gradients(
     seed: int,
     step: int,
     fit: Fit,
+    mine: range,
 ) -> dict[str, float]:
-    """Accumulate the gradient of one step's mean loss; returns the mean metrics."""
+    """Accumulate these rows' part of the gradient of one step's mean loss, and of its metrics."""
     batch, draws = _step(method, policy, feed, seed, step)
     size = config.batch_size
     while True:
         try:
             totals: dict[str, float] = {}
             part = int(fit.micro_batch)
-            for start in range(0, size, part):
-                rows = slice(start, min(start + part, size))
+            for start in range(mine.start, mine.stop, part):
+                rows = slice(start, min(start + part, mine.stop))
                 share = (rows.stop - rows.start) / size
                 metrics = _backward(
                     method, policy, reference, batch.rows(rows), draws.rows(rows), config, share
@@ -199,3 +216,9 @@ def _metrics_log(
                 board.add_scalar(name, value, int(row["step"]))
 
         yield log
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[Callable[[dict[str, float | int], float], None]]:
+    """The main process writes for all."""
+    yield lambda row, seconds: None

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from craftune import rewards
 from craftune.config import EvaluateConfig, GenerateConfig
+from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import Prompt, read_rows, read_table, write_table
 from craftune.seeds import stream_seed
@@ -52,6 +53,7 @@ def evaluate(
     prompts: Path,
     out: Path,
     load: Callable[[str], Reward] = rewards.load,
+    processes: Processes = ALONE,
 ) -> dict[str, int]:
     """Draw and score one model's images. Returns their number, and which prompts were cut.
 
@@ -63,17 +65,20 @@ def evaluate(
         prompts: evaluation.jsonl.
         out: receives images-<arm>-*.parquet and scores-<arm>-*.parquet; finished ones are kept.
         load: a reward by its name, on the device where it is to run.
+        processes: those that share the images; each calls this function.
     """
     rows = _plan(arm, config, seed, read_rows(Prompt, prompts))
     size = drawing.shard_size
     empty = model.encode_prompts([""])
     loaded = [load(name) for name in dict.fromkeys(names)]
     starts = range(0, len(rows), size)
-    left = [start for start in starts if not _finished(loaded, *_files(out, arm, start, size))]
+    files = {start: _files(out, arm, start, size) for start in starts}
+    left = processes.told(lambda: [s for s in starts if not _finished(loaded, *files[s])])
     finished = min(len(rows), (len(starts) - len(left)) * size)
-    for start in track(left, f"evaluate {arm}", len(rows), "image", size, finished):
+    mine, step = processes.share(left), size * processes.count
+    for start in track(mine, f"evaluate {arm}", len(rows), "image", step, finished):
         shard = rows[start : start + size]
-        images, scores = _files(out, arm, start, size)
+        images, scores = files[start]
         if not images.is_file():
             requests = [Request(row["prompt"], row["seed"]) for row in shard]
             drawn = draw_images(drawing, model, model.denoiser, requests, empty)
@@ -86,6 +91,7 @@ def evaluate(
             for s in score_rows(loaded, table, 64)
         ]
         write_table(scores, [{k: s[k] for k in SCORE.names} for s in scored], SCORE)
+    processes.settle(path for pair in files.values() for path in pair)
     texts = dict.fromkeys(row["prompt"] for row in rows)
     return {f"{arm} images": len(rows)} | cut_prompts(loaded, texts)
 

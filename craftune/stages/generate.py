@@ -12,6 +12,7 @@ from torch import Tensor
 from craftune.config import GenerateConfig
 from craftune.errors import UserError
 from craftune.images import encode_png, to_pil
+from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import CANDIDATE, Prompt, Refined, read_rows, write_table
 from craftune.sampling import initial_noise, sample
@@ -28,7 +29,13 @@ class Request:
 
 
 def generate(
-    config: GenerateConfig, model: Model, seed: int, prompts: Path, refined: Path, out: Path
+    config: GenerateConfig,
+    model: Model,
+    seed: int,
+    prompts: Path,
+    refined: Path,
+    out: Path,
+    processes: Processes = ALONE,
 ) -> dict[str, int]:
     """Draw variant 0 (the prompt itself) and every rewrite of every prompt.
 
@@ -38,21 +45,24 @@ def generate(
         prompts: prompts.jsonl.
         refined: refined.jsonl.
         out: receives part-00000.parquet, ... with the schema `records.CANDIDATE`.
+        processes: those that share the shards; each calls this function.
     """
     rows = _plan(config, model, seed, read_rows(Prompt, prompts), read_rows(Refined, refined))
     size = config.shard_size
     paths = {
         start: out / f"part-{start // size:05d}.parquet" for start in range(0, len(rows), size)
     }
-    left = [start for start, path in paths.items() if not path.is_file()]
+    left = processes.told(lambda: [start for start, p in paths.items() if not p.is_file()])
     finished = min(len(rows), (len(paths) - len(left)) * size)
     empty = model.encode_prompts([""])
-    for start in track(left, "generate", len(rows), "image", size, finished):
+    mine, step = processes.share(left), size * processes.count
+    for start in track(mine, "generate", len(rows), "image", step, finished):
         shard = rows[start : start + size]
         requests = [Request(row["refined_prompt"], row["seed"]) for row in shard]
         drawn = draw_images(config, model, model.denoiser, requests, empty)
         made = [row | image for row, image in zip(shard, drawn, strict=True)]
         write_table(paths[start], made, CANDIDATE)
+    processes.settle(paths.values())
     return {"prompts": len({r["prompt_id"] for r in rows}), "candidates": len(rows)}
 
 

@@ -12,6 +12,7 @@ from craftune import rewards
 from craftune.config import ScoreConfig
 from craftune.errors import UserError
 from craftune.images import decode
+from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import SCORE, canonical, read_table, write_table
 from craftune.types import Reward
@@ -25,6 +26,7 @@ def score(
     pool: Path,
     out: Path,
     load: Callable[[str], Reward] = rewards.load,
+    processes: Processes = ALONE,
 ) -> dict[str, int]:
     """Score every candidate with every reward (CRAFT, Eq. 3: always the original prompt).
 
@@ -35,18 +37,20 @@ def score(
         pool: folder of part-*.parquet with the schema `records.CANDIDATE`.
         out: receives part-*.parquet of the same names with the schema `records.SCORE`.
         load: a reward by its name, on the device where it is to run.
+        processes: those that share the shards; each calls this function.
 
     Raises:
         UserError: a reward failed, gave the wrong number of scores or one that is not finite.
     """
     loaded = [load(name) for name in config.rewards]
-    shards = sorted(pool.glob("part-*.parquet"))
-    left = [shard for shard in shards if not scored_with(loaded, out / shard.name)]
-    finished = len(shards) - len(left)
-    for shard in track(left, "score", len(shards), "shard", done=finished):
-        rows = read_table(shard, ["id", "prompt", "image"]).to_pylist()
-        write_table(out / shard.name, score_rows(loaded, rows, config.batch_size), SCORE)
-    prompts = read_table(shards, ["prompt"])["prompt"]
+    names = processes.told(lambda: sorted(path.name for path in pool.glob("part-*.parquet")))
+    left = processes.told(lambda: [n for n in names if not scored_with(loaded, out / n)])
+    mine, finished = processes.share(left), len(names) - len(left)
+    for name in track(mine, "score", len(names), "shard", processes.count, finished):
+        rows = read_table(pool / name, ["id", "prompt", "image"]).to_pylist()
+        write_table(out / name, score_rows(loaded, rows, config.batch_size), SCORE)
+    processes.settle(out / name for name in names)
+    prompts = read_table([pool / name for name in names], ["prompt"])["prompt"]
     counts = {"candidates": len(prompts), "scores": len(prompts) * len(loaded)}
     return counts | cut_prompts(loaded, prompts.unique().to_pylist())
 

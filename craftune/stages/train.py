@@ -16,6 +16,7 @@ from craftune.adapters import WithoutAdapter, add_lora, merged
 from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
+from craftune.processes import ALONE, Processes
 from craftune.records import read_table
 from craftune.seeds import stream
 from craftune.training import train as run_loop
@@ -59,6 +60,7 @@ def train(
     selection: Path,
     pool: Path,
     out: Path,
+    processes: Processes = ALONE,
 ) -> dict[str, int]:
     """Fine-tune on the selected candidates under their original prompts.
 
@@ -67,6 +69,7 @@ def train(
         selection: selection.parquet.
         pool: folder of the stage `generate`; the sampler's own final latents are trained on.
         out: receives model/ (a diffusers folder), metrics.jsonl, and lora/ for adapters.
+        processes: those that share each batch; each calls this function.
 
     Raises:
         UserError: nothing is selected, or all weights are 0.
@@ -95,7 +98,17 @@ def train(
         empty, dropout = examples.cond.rows(slice(0, 1)), 0.0
     model.move_rest(torch.device("cpu"))
     feed = ExampleFeed(examples, empty, config.batch_size, dropout, seed)
-    trained, fit = run_loop(method, model.denoiser, reference, feed, config, seed, out)
+    trained, fit = run_loop(
+        method, model.denoiser, reference, feed, config, seed, out, processes
+    )
+    counts = {
+        "examples": len(examples.weight),
+        "steps": config.steps,
+        "micro_batch": min(int(fit.micro_batch), len(processes.part(config.batch_size))),
+        "gradient_checkpointing": int(fit.checkpointing is True),
+    }
+    if not processes.main:
+        return counts
 
     partial = out / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -105,12 +118,7 @@ def train(
         model.save_lora(out / "lora", trained)
     shutil.rmtree(out / "model", ignore_errors=True)
     partial.rename(out / "model")
-    return {
-        "examples": len(examples.weight),
-        "steps": config.steps,
-        "micro_batch": min(int(fit.micro_batch), config.batch_size),
-        "gradient_checkpointing": int(fit.checkpointing is True),
-    }
+    return counts
 
 
 def load_examples(
