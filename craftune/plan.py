@@ -144,9 +144,7 @@ def _pool(plan: _Plan) -> list[Stage]:
                 "score": plan.only("score", "rewards"),
                 **plan.weights(recipe.score.rewards),
             },
-            work=lambda out: score(
-                recipe.score, at["generate"], out, plan.reward, plan.processes
-            ),
+            work=lambda out: score(recipe.score, at["generate"], out, plan.reward, plan.processes),
             code=_code(recipe.score.rewards, "score.rewards"),
             device=device,
             shared=True,

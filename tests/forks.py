@@ -7,6 +7,7 @@ a program this file is the process that they are forked from.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,12 +45,39 @@ class Forks:
             during: is called with the process's number once it runs.
             kill_at: (folder, n): SIGKILL right before the n-th change of a file in that folder.
         """
-        job = {"arguments": arguments, "where": str(where), "kill_at": kill_at}
+        return self.together(1, arguments, where, lambda pids: during(pids[0]), kill_at)[0]
+
+    def together(
+        self,
+        count: int,
+        arguments: list[str],
+        where: Path,
+        during: Callable[[list[int]], None] = lambda pids: None,
+        kill_at: tuple[str, int] | None = None,
+    ) -> list[Ended]:
+        """Run `count` processes as a launcher would: when one fails, the others get SIGTERM."""
+        job = {
+            "ranks": count,
+            "port": free_port(),
+            "arguments": arguments,
+            "where": str(where),
+            "kill_at": kill_at,
+        }
         self.pipe_in.write(json.dumps(job) + "\n")
         self.pipe_in.flush()
-        during(int(self.pipe_out.readline()))
-        status = int(self.pipe_out.readline())
-        return Ended(status, (where / "stderr").read_text())
+        during([int(pid) for pid in self.pipe_out.readline().split()])
+        statuses = [int(status) for status in self.pipe_out.readline().split()]
+        return [
+            Ended(status, (where / f"stderr-{rank}").read_text())
+            for rank, status in enumerate(statuses)
+        ]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def this_package() -> dict[str, str]:
@@ -90,19 +118,43 @@ def _serve() -> None:
     assert transformers.CLIPTextModel
     assert transformers.CLIPTokenizer
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            _child(**json.loads(line))
-        print(pid, flush=True)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(status, flush=True)
+        job = json.loads(line)
+        ranks, port = job.pop("ranks"), job.pop("port")
+        pids = []
+        for rank in range(ranks):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                if ranks > 1:
+                    _launched(rank, ranks, port)
+                _child(rank, **job)
+        print(*pids, flush=True)
+        print(*_statuses(pids), flush=True)
 
 
-def _child(arguments: list[str], where: str, kill_at: tuple[str, int] | None) -> None:
+def _statuses(pids: list[int]) -> list[int]:
+    """How each process ended; one that fails takes the others with it."""
+    found: dict[int, int] = {}
+    while len(found) < len(pids):
+        pid, status = os.wait()
+        found[pid] = os.waitstatus_to_exitcode(status)
+        if found[pid] and len(set(found.values())) == 1:
+            for other in set(pids) - set(found):
+                os.kill(other, signal.SIGTERM)
+    return [found[pid] for pid in pids]
+
+
+def _launched(rank: int, count: int, port: int) -> None:
+    """The environment that a launcher gives to a process."""
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+    os.environ.update({key: str(value) for key, value in found.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _child(rank: int, arguments: list[str], where: str, kill_at: tuple[str, int] | None) -> None:
     from craftune.cli import main
 
     os.chdir(where)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+    for descriptor, name in ((1, f"stdout-{rank}"), (2, f"stderr-{rank}")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if kill_at:

@@ -22,8 +22,9 @@ ONLY_IN = {
         "craftune.optimizers",
     ],
     "bitsandbytes": ["craftune.optimizers"],
-    "accelerate": ["craftune.training*", "craftune.stages"],
     "openai": ["craftune.refiners"],
+    "accelerate": [],
+    "torch.distributed": ["craftune.processes"],
     "peft": ["craftune.adapters", "craftune.models", "craftune.training*"],
     # nothing in the pipeline knows the world: it enters by the two tables
     "craftune.shapes": ["craftune.shapes", "craftune.rewards=", "craftune.refiners="],
@@ -101,6 +102,7 @@ def test_imports_point_downwards(module: str) -> None:
         ("craftune.rewards.clip", "from craftune import shapes"),
         ("craftune.shapes.world", "import craftune.stages.generate"),
         ("craftune.types", "import peft"),
+        ("craftune.stages.score", "import torch.distributed as dist"),
     ],
 )
 def test_a_planted_import_is_found(module: str, source: str) -> None:

@@ -98,9 +98,7 @@ def train(
         empty, dropout = examples.cond.rows(slice(0, 1)), 0.0
     model.move_rest(torch.device("cpu"))
     feed = ExampleFeed(examples, empty, config.batch_size, dropout, seed)
-    trained, fit = run_loop(
-        method, model.denoiser, reference, feed, config, seed, out, processes
-    )
+    trained, fit = run_loop(method, model.denoiser, reference, feed, config, seed, out, processes)
     counts = {
         "examples": len(examples.weight),
         "steps": config.steps,
