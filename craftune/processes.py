@@ -13,6 +13,7 @@ of the others.
 import itertools
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -229,6 +230,8 @@ def joined() -> Iterator[Processes]:
         yield processes
         processes.settle()  # the store may live in the main process
     except BaseException as error:
+        for number in (signal.SIGTERM, signal.SIGINT):  # of a launcher that sees the first one fail
+            signal.signal(number, signal.SIG_IGN)
         if not processes.speaks(error):
             raise EndedElsewhere from error
         if isinstance(error, dist.DistError):
