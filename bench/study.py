@@ -31,7 +31,8 @@ ARMS: dict[str, list[str]] = {
     "sft": ["method.name=sft", "method.settings={}"],
     "random": ["select.strategy=random"],
     "random, sft": ["select.strategy=random", "method.name=sft", "method.settings={}"],
-    "low": ["select.strategy=low"],
+    # Under "drop" the lowest teach nothing: their advantages are all negative.
+    "low, sft": ["select.strategy=low", "method.name=sft", "method.settings={}"],
     "all": ALL,
     "all, sft": [*ALL, "method.name=sft", "method.settings={}"],
     "all, placebo": [*ALL, "select.placebo=true"],
