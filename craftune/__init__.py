@@ -11,12 +11,22 @@ import importlib
 import typing
 
 __version__ = "0.1.0"
-__all__ = ["Reward", "SelectConfig", "UserError", "__version__", "load_recipe", "run", "select"]
+__all__ = [
+    "Reward",
+    "SelectConfig",
+    "UserError",
+    "__version__",
+    "load_recipe",
+    "run",
+    "score",
+    "select",
+]
 
 if typing.TYPE_CHECKING:
     from craftune.errors import UserError
     from craftune.pipeline import run
     from craftune.recipes import load_recipe
+    from craftune.scoring.api import score
     from craftune.selection import SelectConfig, select
     from craftune.types import Reward
 
@@ -26,6 +36,7 @@ _HOME = {
     "UserError": "craftune.errors",
     "load_recipe": "craftune.recipes",
     "run": "craftune.pipeline",
+    "score": "craftune.scoring.api",
     "select": "craftune.selection",
 }
 

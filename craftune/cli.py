@@ -14,7 +14,7 @@ STAGE_HELP = {
     "prompts": "read, de-duplicate and draw the prompts; set the evaluation prompts apart",
     "refine": "rewrite every prompt N times",
     "generate": "draw the candidates",
-    "score": "score every candidate with every reward",
+    "score": "score every candidate with every reward; or any images, without a recipe",
     "select": "filter by the rewards and take the best",
     "train": "fine-tune on what was selected",
     "evaluate": "draw and score held-out prompts with base and tuned",
@@ -35,7 +35,20 @@ EXAMPLES = """examples:
   craftune run recipes/demo.toml --set train.steps=300 --set run.name=longer
   craftune select recipes/demo.toml --redo              one stage, anew
   craftune explain runs/demo --prompt "a red circle"    why its images were chosen or not
+  craftune score photos/ --rewards aesthetic            any images; see craftune score --help
   craftune export runs/demo --to single-file            the tuned model as others load it
+"""
+
+
+SCORE = """The stage of a recipe:
+  craftune score my.toml
+Any images: a folder, with or without metadata.jsonl (file_name, prompt or text);
+a Parquet file with images; a run folder:
+  craftune score photos/ --rewards aesthetic
+  craftune score set/ --rewards hpsv2.1,pickscore --out scores.parquet
+  craftune score set/ --rewards hpsv2.1 --set reward.'"hpsv2.1"'.path=HPS_v2.1_compressed.pt
+Killed or stopped, the same command goes on. The exit status is 1 where images were
+rejected, 2 where nothing could be scored.
 """
 
 
@@ -127,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
             "--redo", action="store_const", const=name, help="make it and later ones anew"
         )
         stage.set_defaults(command="run", stage=name)
+        if name == "score":
+            _add_score(stage)
     check = commands.add_parser("check", help="say what is wrong with a recipe, load nothing")
     _add_recipe(check)
     plan = commands.add_parser("plan", help="estimate memory, disk and GPU-hours, load no weights")
@@ -142,6 +157,20 @@ def _parser() -> argparse.ArgumentParser:
     names = commands.add_parser("list", help="the names and settings that recipes may use")
     names.add_argument("table", choices=TABLES, metavar="table", help=", ".join(TABLES))
     return parser
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    """The same command for images without a recipe."""
+    parser.set_defaults(command="score")
+    parser.description = SCORE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rewards", metavar="NAME,NAME", help="images: see craftune list rewards")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="images: table of file_name and prompt"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="images: Parquet file; default: scores.parquet"
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -54,6 +54,16 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
     print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{model}")')
 
 
+def score(options: argparse.Namespace) -> int:
+    """The stage of a recipe, or any images: what the argument is tells them apart."""
+    from craftune.scoring.command import refuse_options_of_images, score_images
+
+    if options.recipe.suffix.lower() != ".toml":
+        return score_images(options)
+    refuse_options_of_images(options)
+    return run(options)
+
+
 def check(options: argparse.Namespace) -> int:
     """Validate a recipe and everything it names."""
     recipe = _checked(options)
@@ -230,6 +240,7 @@ def export(options: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
+    "score": score,
     "check": check,
     "plan": plan,
     "doctor": doctor,

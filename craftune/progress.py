@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -18,7 +18,12 @@ EVERY = 10.0
 
 
 def track(
-    items: Iterable[Item], label: str, total: int, unit: str, step: int = 1, done: int = 0
+    items: Iterable[Item],
+    label: str,
+    total: int,
+    unit: str,
+    step: int | Callable[[Item], int] = 1,
+    done: int = 0,
 ) -> Iterator[Item]:
     """Pass the items on and show rate and time left, on standard error.
 
@@ -26,9 +31,10 @@ def track(
         label: what is being done.
         total: how many units there are in all.
         unit: of the rate, e.g. "image".
-        step: units that each item counts for (the last may count for less).
+        step: units that an item counts for, or each of them (the last may count for less).
         done: units that an earlier process finished.
     """
+    size = step if callable(step) else lambda item: step
     if sys.stderr.isatty():
         with tqdm(
             total=total,
@@ -41,7 +47,7 @@ def track(
         ) as bar:
             for item in items:
                 yield item
-                bar.update(min(step, total - bar.n))
+                bar.update(min(size(item), total - bar.n))
         return
     if 0 < done < total:
         print(f"  {label}: {done} of {total} {unit}s are there already", file=sys.stderr)
@@ -49,7 +55,7 @@ def track(
     here = done
     for item in items:
         yield item
-        here = min(total, here + step)
+        here = min(total, here + size(item))
         now = time.monotonic()
         if now - last >= EVERY and here < total:
             rate = (here - done) / (now - started)

@@ -68,6 +68,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validate(data, str(path))
 
 
+def overridden(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What "section.key=value" strings say by themselves, by section; not checked further.
+
+    Raises:
+        UserError: a string of another form.
+    """
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply(data, override)
+    return data
+
+
 def settings() -> Iterator[tuple[str, str, str]]:
     """Every key of a recipe, in the order of the stages: section, "key = default", what it does."""
     kinds = get_type_hints(Recipe)

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 from forks import Ended, Forks, forks, this_package
+from PIL import Image
 from tiny import STAGES, Tiny, files, results, tiny
+
+from craftune.images import encode_png
+from craftune.records import read_table
+from craftune.scoring.tables import SHARD
 
 MODULE = "rewards_kill"
 TIMED = ("8-report/report.html", "8-report/costs.json", "done.json")
@@ -209,3 +214,30 @@ def assert_stopped(ended: Ended, status: int) -> None:
     assert last == "craftune: stopped; finished work is kept, run the same command again"
     assert "Traceback" not in ended.err
     assert not any(line.startswith("craftune: ") for line in before)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_killed_scoring_of_images_goes_on(tmp_path: Path, processes: Forks, n: int) -> None:
+    """Whatever was finished is not made again, and the end is the same."""
+    (tmp_path / "images").mkdir()
+    for i in range(2 * SHARD + 5):
+        data = encode_png(Image.new("RGB", (2, 2), (i % 256, i // 256, 0)))
+        (tmp_path / "images" / f"{i:03d}.png").write_bytes(data)
+    out = tmp_path / "scores.parquet"
+    arguments = ["score", str(tmp_path / "images"), "--rewards", "jpeg-compressibility"]
+    parts = tmp_path / "scores.parquet.parts"
+    killed = processes.run(
+        [*arguments, "--out", str(out)], tmp_path, kill_at=(str(parts / "part-"), n)
+    )
+    assert killed.status == -9
+    assert not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
+    assert kept
+    answer = processes.run([*arguments, "--out", str(out)], tmp_path)
+    assert answer.status == 0, answer.err
+    assert f"{len(kept) * SHARD} of {2 * SHARD + 5} images are there already" in answer.err
+    assert not parts.exists()
+    other = tmp_path / "undisturbed.parquet"
+    assert processes.run([*arguments, "--out", str(other)], tmp_path).status == 0
+    assert read_table(out).equals(read_table(other))
+    assert len(read_table(out)) == 2 * SHARD + 5

@@ -4,17 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from craftune import rewards
 from craftune.config import ScoreConfig
-from craftune.errors import UserError
-from craftune.images import decode
 from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import SCORE, canonical, read_table, write_table
+from craftune.scoring.batches import Batch, Item, score_batches
 from craftune.types import Reward
 
 CUT = "prompts cut at "
@@ -78,69 +73,18 @@ def scored_with(loaded: Sequence[Reward], path: Path) -> bool:
 def score_rows(
     loaded: Sequence[Reward], rows: list[dict[str, Any]], batch_size: int
 ) -> list[dict[str, Any]]:
-    """Rows of `records.SCORE` for rows with id, prompt and image; each image is decoded once."""
-    scored = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        images = [decode(row["image"]["bytes"]) for row in batch]
-        names, prompts = [row["id"] for row in batch], [row["prompt"] for row in batch]
-        inputs: dict[Any, Tensor] = {}
-        for reward in loaded:
-            identity = canonical(dict(reward.identity))
-            values = checked_score(reward, images, prompts, names, inputs)
-            scored += [
-                {"candidate": name, "reward": reward.name, "value": value, "identity": identity}
-                for name, value in zip(names, values.tolist(), strict=True)
-            ]
-    return scored
-
-
-@torch.no_grad()
-def checked_score(
-    reward: Reward,
-    images: list[Image.Image],
-    prompts: list[str],
-    names: list[str],
-    inputs: dict[Any, Tensor],
-) -> Tensor:
-    """A reward's scores, `[b]`.
-
-    Args:
-        inputs: what other rewards' networks saw of these images, and from now on this one's.
+    """Rows of `records.SCORE` for rows with id, prompt and image; each image is decoded once.
 
     Raises:
-        UserError: a prompt that the reward cannot judge, or not one finite number per image; names
-            the reward and the candidate.
+        UserError: an image that cannot be read or scored; names it.
     """
-    try:
-        values = _score(reward, images, prompts, inputs)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"reward {reward.name!r} cannot score: {error}") from None
-    if values.shape != (len(images),):
-        raise UserError(
-            f"reward {reward.name!r} returned shape {tuple(values.shape)} for {len(images)} "
-            "images; it must return one number per image"
-        )
-    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"reward {reward.name!r} returned {values[bad[0]].item()} for candidate "
-            f"{names[bad[0]]} (prompt {prompts[bad[0]]!r}); mend the reward, or take it out of the "
-            "recipe, and run again"
-        )
-    return values.float()
-
-
-def _score(
-    reward: Reward, images: list[Image.Image], prompts: list[str], inputs: dict[Any, Tensor]
-) -> Tensor:
-    """By the inputs that rewards share, where this one has such."""
-    if reward.inputs is None or reward.score_inputs is None:
-        return reward.score(images, prompts)
-    keys = [(i, reward.inputs.plan(image.size)) for i, image in enumerate(images)]
-    for key, image in zip(keys, images, strict=True):
-        if key not in inputs:
-            inputs[key] = key[1](image)
-    return reward.score_inputs(torch.stack([inputs[key] for key in keys]), prompts)
+    items = [Item(row["id"], row["prompt"], row["image"]["bytes"]) for row in rows]
+    identities = {reward.name: canonical(dict(reward.identity)) for reward in loaded}
+    starts = range(0, len(items), batch_size)
+    batches = (Batch(None, items[start : start + batch_size]) for start in starts)
+    return [
+        {"candidate": item.name, "reward": name, "value": value, "identity": identities[name]}
+        for _, scored in score_batches(loaded, batches, reject=False)
+        for name, values in scored.values.items()
+        for item, value in zip(scored.items, values.tolist(), strict=True)
+    ]

@@ -120,8 +120,8 @@ def test_shards_of_another_version_are_scored_again(pool: Path, out: Path, rewar
     [
         (lambda i, p: level(i, p)[:-1], r"'mine' returned shape \(2,\) for 3 images"),
         (lambda i, p: level(i, p)[:, None], r"returned shape \(3, 1\)"),
-        (lambda i, p: level(i, p) / 0, "returned nan for candidate c0 .*'prompt 0'"),
-        (lambda i, p: 1 / (level(i, p) - 4), "returned inf for candidate c4 .*'prompt 1'"),
+        (lambda i, p: level(i, p) / 0, "returned nan for image c0 .*'prompt 0'"),
+        (lambda i, p: 1 / (level(i, p) - 4), "returned inf for image c4 .*'prompt 1'"),
     ],
 )
 def test_scores_that_are_none(

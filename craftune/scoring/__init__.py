@@ -1,0 +1,1 @@
+"""Scoring by itself: any images, any rewards, no run needed."""
