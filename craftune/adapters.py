@@ -17,6 +17,8 @@ from craftune.types import Cond, Denoiser
 def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> None:
     """Freeze the network and put trainable adapters beside its `targets`, in place.
 
+    The adapters are float32, whatever the network is.
+
     Args:
         seed: of the adapters' start: one factor is drawn, the other is 0.
 
@@ -39,6 +41,9 @@ def add_lora(network: nn.Module, config: LoraConfig, targets: tuple[str, ...], s
             network.add_adapter(lora)  # type: ignore[operator]
     except ValueError as error:
         raise UserError(f"train.lora.targets: {str(error).splitlines()[0]}") from None
+    for parameter in network.parameters():
+        if parameter.requires_grad:  # peft makes them like the weight they stand beside
+            parameter.data = parameter.data.float()
 
 
 def merged(network: nn.Module) -> nn.Module:
@@ -47,6 +52,30 @@ def merged(network: nn.Module) -> nn.Module:
     whole.fuse_lora()  # type: ignore[operator]
     whole.unload_lora()  # type: ignore[operator]
     return whole
+
+
+def merged_into(start: nn.Module, network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The starting network with another's adapters added into its weights, in place.
+
+    Args:
+        start: the same network without adapters, on the CPU, as exact as it is to be had: the
+            frozen weights beside the adapters may have been rounded.
+        network: with adapters.
+        dtype: of the weights that change; sums are float32, one layer at a time.
+    """
+    from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inject_adapter_in_model(network.peft_config["default"], start, "default")  # type: ignore[index,arg-type]
+    set_peft_model_state_dict(start, get_peft_model_state_dict(network), "default")
+    for layer in start.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.float()
+            layer.merge()
+            weight = layer.get_base_layer().get_parameter("weight")
+            weight.data = weight.data.to(dtype)
+    start.unload_lora()  # type: ignore[operator]
+    return start
 
 
 @dataclass(frozen=True)

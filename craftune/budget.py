@@ -117,7 +117,7 @@ def _fits(recipe: Recipe, counted: Figures, found: list[StageCost], gpu: Gpu) ->
     if not small:
         return "fits"
     if small == ["train"]:
-        size = largest_micro_batch(recipe.train, counted, gpu)
+        size = largest_micro_batch(recipe.train, counted, gpu, recipe.training_dtype)
         return f"micro_batch {size}" if size else "cannot train"
     return "not enough"
 

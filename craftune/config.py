@@ -55,7 +55,8 @@ class ModelConfig:
     """For one .safetensors file: a diffusers folder or hub id with the configs and tokenizer of
     its architecture; empty takes the one that diffusers names for that kind of file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights while sampling; training keeps them in float32."""
+    """Of the weights while sampling. Training keeps what it changes in float32; see
+    `train.precision` for what stays frozen beside adapters."""
     t5: bool = True
     """false leaves out the T5 text encoder of SD3, which saves 9 GB in bfloat16; the prompt is
     then read by the two CLIP encoders alone, as by diffusers with text_encoder_3=None."""
@@ -218,7 +219,8 @@ class TrainConfig:
     ema_decay: Share = 0.0
     """Decay per update of the averaged weights that are saved; 0 saves the last weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the network under autocast; weights and losses stay float32."""
+    """bfloat16 runs the network under autocast; trained weights and losses stay float32. Weights
+    that are frozen beside adapters are then held in bfloat16 too, unless model.dtype is float32."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, about 1.3 times the time. "auto":
     where fewer than 4 examples, or than `micro_batch`, fit without."""
@@ -290,3 +292,12 @@ class Recipe:
     report: ReportConfig = field(default_factory=ReportConfig)
     reward: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of published rewards, e.g. [reward.pickscore]; see `craftune list rewards`."""
+
+    @property
+    def training_dtype(self) -> Literal["float32", "bfloat16"]:
+        """In which the checkpoint is loaded for training.
+
+        Adapters leave it frozen, and autocast rounds its matrices to bfloat16 anyway.
+        """
+        frozen = self.train.lora.rank > 0 and self.train.precision == "bfloat16"
+        return "bfloat16" if frozen and self.model.dtype != "float32" else "float32"

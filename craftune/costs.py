@@ -140,7 +140,9 @@ def costs(recipe: Recipe, figures: Figures, prompts: int, held_out: int) -> list
             "train",
             recipe.train.steps * recipe.train.batch_size,
             recipe.train.steps * recipe.train.batch_size * example_flops(recipe.train, figures),
-            training_memory(recipe.train, figures, micro_batch(recipe.train)),
+            training_memory(
+                recipe.train, figures, micro_batch(recipe.train), recipe.training_dtype
+            ),
             _training_disk(recipe.train, figures),
             recipe.train.precision,
         ),
@@ -178,29 +180,32 @@ def checkpointing(config: TrainConfig) -> bool:
     return config.gradient_checkpointing is not False
 
 
-def training_memory(config: TrainConfig, figures: Figures, micro: int) -> Number:
+def training_memory(config: TrainConfig, figures: Figures, micro: int, dtype: str) -> Number:
     """Bytes on the GPU with `micro` examples at once: weights, gradients, optimizer, activations.
 
-    The denoiser is in float32; text encoders and VAE leave the GPU before the first step, but
-    everything has to fit while it is loaded. Without checkpointing, autocast's 16-bit copies of
-    the weights live until the backward pass.
+    Text encoders and VAE leave the GPU before the first step, but everything has to fit while it
+    is loaded. Without checkpointing, autocast's 16-bit copies of float32 weights live until the
+    backward pass.
+
+    Args:
+        dtype: `Recipe.training_dtype`, of what is loaded; what is trained is float32.
     """
     weights = figures.parameters[figures.denoiser]
-    fixed = 4 * weights + (4 + STATE[config.optimizer]) * figures.trained
-    fixed += 4 * figures.trained if config.ema_decay else 0
+    fixed = SIZE[dtype] * weights + (4 + STATE[config.optimizer]) * figures.trained
+    fixed += 4 * figures.trained * (bool(config.lora.rank) + bool(config.ema_decay))
     half = config.precision == "bfloat16"
-    if half and not checkpointing(config):
+    if half and dtype == "float32" and not checkpointing(config):
         fixed += 2 * weights
     kept = figures.kept_bytes * (AUTOCAST if half else 2)
     recomputed = 2 if checkpointing(config) else 1  # one block at a time, about as much
-    loaded = 4 * sum(figures.parameters.values())
+    loaded = SIZE[dtype] * sum(figures.parameters.values())
     return max(fixed + micro * kept * recomputed, loaded) + RESERVE * GIB
 
 
-def largest_micro_batch(config: TrainConfig, figures: Figures, gpu: Gpu) -> int:
+def largest_micro_batch(config: TrainConfig, figures: Figures, gpu: Gpu, dtype: str) -> int:
     """The most examples at once, a power of two; 0 where not even one fits."""
-    best, size = 0, 1
-    while size <= config.batch_size and training_memory(config, figures, size) <= gpu.memory * GIB:
+    best, size, room = 0, 1, gpu.memory * GIB
+    while size <= config.batch_size and training_memory(config, figures, size, dtype) <= room:
         best, size = size, 2 * size
     return best
 

@@ -12,6 +12,7 @@ import torch
 from craftune import methods, models, refiners, rewards
 from craftune.config import ModelConfig, Recipe
 from craftune.hub_prompts import on_hub
+from craftune.models.files import checkpoint, stored_dtype
 from craftune.plugins import source_sha256
 from craftune.processes import ALONE, Processes
 from craftune.records import canonical, sha256
@@ -46,6 +47,11 @@ class _Plan:
     def load(self, config: ModelConfig) -> Model:
         """A checkpoint on the run's device."""
         return models.load(config, self.device)
+
+    def load_exactly(self) -> Model:
+        """The checkpoint on the CPU, in no narrower dtype than it is stored in."""
+        dtype = stored_dtype(checkpoint(self.recipe.model))
+        return models.load(replace(self.recipe.model, dtype=dtype), torch.device("cpu"))
 
     def reward(self, name: str) -> Reward:
         """A reward on the run's device."""
@@ -179,12 +185,13 @@ def _tuning(plan: _Plan) -> list[Stage]:
             work=lambda out: train(
                 recipe.train,
                 methods.build(recipe.method.name, recipe.method.settings),
-                plan.load(replace(recipe.model, dtype="float32")),
+                plan.load(replace(recipe.model, dtype=recipe.training_dtype)),
                 recipe.run.seed,
                 at["select"] / "selection.parquet",
                 at["generate"],
                 out,
                 plan.processes,
+                None if recipe.training_dtype == "float32" else plan.load_exactly,
             ),
             device=device,
             shared=True,

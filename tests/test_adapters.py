@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from toy import flat_grad, kept_checkpoint, load_sd
 
-from craftune.adapters import WithoutAdapter, add_lora, merged
+from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
 from craftune.config import LoraConfig, TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
@@ -170,6 +170,35 @@ def test_merged_is_the_policy_without_adapters(lora: LoraConfig) -> None:
     plain.denoiser.network.load_state_dict(whole.state_dict())
     torch.testing.assert_close(answer(plain), answer(model), atol=1e-4, rtol=1e-4)
     assert (answer(plain) - answer(model, WithoutAdapter(model.denoiser))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("lora", [LORA, DORA], ids=["lora", "dora"])
+def test_merged_into_a_fresh_start_is_merged(lora: LoraConfig) -> None:
+    """To the bit in float32; in a narrower dtype the sum is rounded once, the rest not at all."""
+    network = adapted(lora=lora).denoiser.network
+    wanted = merged(network).state_dict()
+    before = load_sd(kept_checkpoint()).denoiser.network.state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        start = load_sd(kept_checkpoint()).denoiser.network
+        found = merged_into(start, network, dtype).state_dict()
+        assert found.keys() == wanted.keys()
+        changed = {k for k in wanted if not torch.equal(wanted[k], before[k])}
+        assert changed
+        assert all(torch.equal(found[k], wanted[k].to(dtype)) for k in changed)
+        assert all(torch.equal(found[k], before[k]) for k in wanted.keys() - changed)
+
+
+def test_adapters_are_float32_beside_a_base_of_two_bytes() -> None:
+    model = load_sd(kept_checkpoint(), dtype="bfloat16")
+    network = model.denoiser.network
+    for lora in (LORA, DORA):
+        copied = copy.deepcopy(network)
+        add_lora(copied, lora, model.lora_targets, 0)
+        kinds = {(p.requires_grad, p.dtype) for p in copied.parameters()}
+        assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    add_lora(network, LORA, model.lora_targets, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(answer(model), answer(model, WithoutAdapter(model.denoiser)))
 
 
 @pytest.mark.parametrize(

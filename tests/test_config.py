@@ -184,3 +184,21 @@ def test_the_tiny_recipe_is_what_ci_runs() -> None:
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text()
     assert "craftune run recipes/tiny.toml" in ci
     assert subprocess.run(["bash", "-n", "-c", ci]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "precision", "expected"),
+    [
+        ("bfloat16", 4, "bfloat16", "bfloat16"),
+        ("float16", 4, "bfloat16", "bfloat16"),  # what autocast makes of it anyway
+        ("float32", 4, "bfloat16", "float32"),
+        ("bfloat16", 4, "float32", "float32"),
+        ("bfloat16", 0, "bfloat16", "float32"),  # master weights
+    ],
+)
+def test_only_frozen_weights_may_be_narrow_in_training(
+    dtype: str, rank: int, precision: str, expected: str
+) -> None:
+    settings = {"model.dtype": dtype, "train.lora.rank": rank, "train.precision": precision}
+    recipe = load_recipe(RECIPES[0], [f"{key}={value}" for key, value in settings.items()])
+    assert recipe.training_dtype == expected

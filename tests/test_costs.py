@@ -86,26 +86,37 @@ def test_memory_of_drawing_by_hand(recipe: Recipe) -> None:
 
 def test_memory_of_training_by_hand() -> None:
     kept = 10 * GIB
-    assert training_memory(PLAIN, FIGURES, 2) == 16 * 1000 + 2 * 2 * kept + RESERVED
+    assert training_memory(PLAIN, FIGURES, 2, "float32") == 16 * 1000 + 2 * 2 * kept + RESERVED
     half = dataclasses.replace(PLAIN, precision="bfloat16", ema_decay=0.9)
     expected = (16 + 4 + 2) * 1000 + 2 * AUTOCAST * kept + RESERVED
-    assert training_memory(half, FIGURES, 2) == pytest.approx(expected, rel=1e-12)
+    assert training_memory(half, FIGURES, 2, "float32") == pytest.approx(expected, rel=1e-12)
     adapters = dataclasses.replace(FIGURES, trained=10)
     lora = dataclasses.replace(PLAIN, lora=LoraConfig(rank=4))
-    assert training_memory(lora, adapters, 1) == 4 * 1000 + 12 * 10 + 2 * kept + RESERVED
+    assert training_memory(lora, adapters, 1, "float32") == (
+        4 * 1000 + 16 * 10 + 2 * kept + RESERVED
+    )
+
+
+def test_a_frozen_base_in_half_the_bytes() -> None:
+    """No 16-bit copies beside it; the adapters have weights, gradients, moments in float32."""
+    config = dataclasses.replace(PLAIN, lora=LoraConfig(rank=4), precision="bfloat16")
+    figures = dataclasses.replace(FIGURES, trained=10, kept_bytes=0)
+    found = [training_memory(config, figures, 1, dtype) for dtype in ("float32", "bfloat16")]
+    assert found[0] - RESERVED == (4 + 2) * 1000 + 16 * 10
+    assert found[1] - RESERVED == 2 * 1110 == max(2 * 1110, 2 * 1000 + 16 * 10)
 
 
 def test_the_whole_checkpoint_has_to_fit_while_it_loads() -> None:
     big = dataclasses.replace(FIGURES, kept_bytes=0, parameters={"unet": 1000, "t5": 10**10})
-    assert training_memory(PLAIN, big, 1) == 4 * (10**10 + 1000) + RESERVED
+    assert training_memory(PLAIN, big, 1, "float32") == 4 * (10**10 + 1000) + RESERVED
 
 
 def test_the_micro_batch_that_fits() -> None:
     config, least = dataclasses.replace(PLAIN, batch_size=64), RESERVE + 0.1
-    assert largest_micro_batch(config, FIGURES, Gpu(least + 80, 1, 1)) == 4
-    assert largest_micro_batch(config, FIGURES, Gpu(least + 79, 1, 1)) == 2
-    assert largest_micro_batch(config, FIGURES, Gpu(least, 1, 1)) == 0
-    assert largest_micro_batch(config, FIGURES, Gpu(10**6, 1, 1)) == 64
+    assert largest_micro_batch(config, FIGURES, Gpu(least + 80, 1, 1), "float32") == 4
+    assert largest_micro_batch(config, FIGURES, Gpu(least + 79, 1, 1), "float32") == 2
+    assert largest_micro_batch(config, FIGURES, Gpu(least, 1, 1), "float32") == 0
+    assert largest_micro_batch(config, FIGURES, Gpu(10**6, 1, 1), "float32") == 64
 
 
 def test_disk_by_hand(recipe: Recipe) -> None:

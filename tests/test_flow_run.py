@@ -11,9 +11,12 @@ from toy import load_sd
 from toy_flow import kept_flow
 
 from craftune.config import LoraConfig, TrainConfig
+from craftune.exporting import export
 from craftune.methods.sft import SFT
 from craftune.records import read_json, read_table
 from craftune.stages.train import load_examples, train
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def run(folder: Path, kind: str, *overrides: str) -> Tiny:
@@ -36,6 +39,23 @@ def test_a_whole_run(tmp_path: Path, kind: str, scale: float, training: str) -> 
         pipe.load_lora_weights(job.stage("train") / "lora")
     report = read_json(job.stage("report") / "report.json")
     assert len(report["rewards"]) == 2
+
+
+def test_adapters_beside_bfloat16_go_through_the_whole_run_and_out(tmp_path: Path) -> None:
+    settings = ("model.dtype=bfloat16", "train.precision=bfloat16", "train.lora.rank=2")
+    fast = ("train.learning_rate=0.03", "train.warmup_steps=0", "train.save_dtype=bfloat16")
+    job = run(tmp_path, "flux-dev", "generate.guidance_scale=3.5", *settings, *fast)
+    start = load_file(kept_flow("flux-dev") / "transformer" / WEIGHTS)
+    saved = load_file(job.stage("train") / "model" / "transformer" / WEIGHTS)
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    changed = {k for k in start if not torch.equal(saved[k], start[k].bfloat16())}
+    assert changed
+    assert not any("norm" in name or "embed" in name for name in changed)
+    adapters = load_file(job.stage("train") / "lora" / "pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in adapters.values()} == {torch.float32}
+    _, check = export(job.run, "lora")
+    assert check.change > 0.01
+    assert check.difference <= 1e-5
 
 
 def test_dev_is_trained_at_the_scale_that_each_example_was_drawn_with(tmp_path: Path) -> None:

@@ -215,8 +215,8 @@ def save_pipeline(
     modules = {k: p for k, p in pipe.components.items() if isinstance(p, nn.Module)}
     weights = sum(w.numel() for p in modules.values() for w in p.state_dict().values())
     require_space(folder.parent, weights * dtype.itemsize, "the model")
-    copies = {k: copy.deepcopy(part).to("cpu", dtype) for k, part in modules.items() if k != name}
-    parts = pipe.components | copies | {name: copy.deepcopy(network).to("cpu", dtype)}
+    copies = {k: _copied(network if k == name else part, dtype) for k, part in modules.items()}
+    parts = pipe.components | copies
     kept = ("requires_safety_checker", "force_zeros_for_empty_prompt")
     settings = {k: v for k, v in pipe.config.items() if k in kept}
     type(pipe)(**parts, **settings).save_pretrained(folder)
@@ -224,6 +224,14 @@ def save_pipeline(
         # transformers would load the text encoder in the dtype written here, diffusers the rest
         # in float32: a plain from_pretrained could not draw. "float32" is what SD1.5 publishes.
         write_json(text_encoder, read_json(text_encoder) | {"dtype": "float32"})
+
+
+def _copied(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """On the CPU and in this dtype; itself where it is so already: copies may be 24 GB."""
+    tensors = [*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]
+    if all((t.device.type, t.dtype) == ("cpu", dtype) for t in tensors):
+        return network
+    return copy.deepcopy(network).to("cpu", dtype)
 
 
 def lora_saver(pipeline: Any, name: str) -> Callable[[Path, nn.Module], None]:

@@ -5,6 +5,7 @@ client's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError
@@ -103,6 +104,26 @@ def has_variant(folder: Path, variant: str | None) -> bool:
     """Whether a part's weights are there in this variant."""
     marks = (f".{variant}.", f".{variant}-")
     return any(mark in file.name for file in folder.glob("*.safetensors") for mark in marks)
+
+
+def stored_dtype(path: Path) -> Literal["float32", "float16", "bfloat16"]:
+    """The narrowest dtype in which a checkpoint, folder or file, loads without any rounding.
+
+    Raises:
+        UserError: a weight file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: set[str] = set()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a whole file ({error}); copy it again") from None
+    if found <= {"BF16", "I64"}:
+        return "bfloat16"
+    return "float16" if found <= {"F16", "I64"} else "float32"
 
 
 def _snapshot(

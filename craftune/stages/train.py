@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from craftune.adapters import WithoutAdapter, add_lora, merged
+from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
 from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
@@ -61,15 +62,19 @@ def train(
     pool: Path,
     out: Path,
     processes: Processes = ALONE,
+    exact: Callable[[], Model] | None = None,
 ) -> dict[str, int]:
     """Fine-tune on the selected candidates under their original prompts.
 
     Args:
-        model: loaded in float32; its network is changed in place.
+        model: its network is changed in place; in float32, save that adapters leave the rest
+            frozen, so that it may be in bfloat16 under autocast.
         selection: selection.parquet.
         pool: folder of the stage `generate`; the sampler's own final latents are trained on.
         out: receives model/ (a diffusers folder), metrics.jsonl, and lora/ for adapters.
         processes: those that share each batch; each calls this function.
+        exact: loads the checkpoint anew on the CPU without rounding it; given where `model` is
+            rounded. Adapters are added to these weights.
 
     Raises:
         UserError: nothing is selected, or all weights are 0.
@@ -108,12 +113,17 @@ def train(
     if not processes.main:
         return counts
 
-    partial = out / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    whole = merged(trained) if config.lora.rank else trained
-    model.save(partial, whole, getattr(torch, config.save_dtype))
     if config.lora.rank:
         model.save_lora(out / "lora", trained)
+    dtype = getattr(torch, config.save_dtype)
+    if exact is not None:
+        model = exact()
+        trained = merged_into(model.denoiser.network, trained, dtype)
+    elif config.lora.rank:
+        trained = merged(trained)
+    partial = out / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save(partial, trained, dtype)
     shutil.rmtree(out / "model", ignore_errors=True)
     partial.rename(out / "model")
     return counts

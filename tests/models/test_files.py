@@ -7,13 +7,16 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 from toy import kept_checkpoint, load_sd, write_json
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError
 from craftune.models import checkpoint, family_of
+from craftune.models.files import stored_dtype
 
 NAME = "some/model"
 PUBLISHED = """
@@ -118,3 +121,27 @@ def test_configs_are_for_single_files() -> None:
 def test_a_variant_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"no file of model.variant 'fp16' is there"):
         load_sd(kept_checkpoint(), variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("bfloat16", "bfloat16"), "bfloat16"),
+        (("float16", "float16"), "float16"),
+        (("float16", "bfloat16"), "float32"),
+        (("float32", "bfloat16"), "float32"),
+    ],
+)
+def test_the_dtype_that_rounds_nothing(
+    tmp_path: Path, parts: tuple[str, str], expected: str
+) -> None:
+    """Counters of positions, which old text encoders store, are no weights."""
+    for name, dtype in zip(("unet", "vae"), parts, strict=True):
+        (tmp_path / name).mkdir()
+        weights = {"a": torch.ones(2, dtype=getattr(torch, dtype)), "ids": torch.arange(3)}
+        save_file(weights, tmp_path / name / "model.safetensors")
+    assert stored_dtype(tmp_path) == expected
+    assert stored_dtype(tmp_path / "vae" / "model.safetensors") == parts[1]
+    (tmp_path / "vae" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"vae/model.safetensors: not a whole file"):
+        stored_dtype(tmp_path)

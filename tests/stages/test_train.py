@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from toy import kept_checkpoint, load_sd, toy_cond, toy_examples
 
+from craftune import processes
 from craftune.config import GenerateConfig, LoraConfig, TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
@@ -197,12 +198,20 @@ def test_a_candidate_that_the_pool_lacks_is_named(tmp_path: Path, pool: Path) ->
 
 
 def trained(
-    out: Path, selection: Path, pool: Path, config: TrainConfig = CONFIG, method: Any = None
+    out: Path,
+    selection: Path,
+    pool: Path,
+    config: TrainConfig = CONFIG,
+    method: Any = None,
+    dtype: str = "float32",
 ) -> dict[str, torch.Tensor]:
     """The stage on a fresh model; returns the saved model's denoiser weights."""
-    model = load_sd(kept_checkpoint())
+    model = load_sd(kept_checkpoint(), dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
-    counts = train(config, method or CRAFT(), model, 0, selection, pool, out)
+    exact = None if dtype == "float32" else lambda: load_sd(kept_checkpoint())
+    counts = train(
+        config, method or CRAFT(), model, 0, selection, pool, out, processes.ALONE, exact
+    )
     assert counts["steps"] == config.steps
     assert not (out / "model.partial").exists()
     return dict(load_sd(out / "model").denoiser.network.state_dict())
@@ -262,6 +271,32 @@ def test_lora_trains_and_loads(tmp_path: Path, selection: Path, pool: Path, meth
         assert first["reference_error"] == pytest.approx(first["error"], rel=1e-6)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_train_beside_a_base_in_bfloat16(
+    tmp_path: Path, selection: Path, pool: Path, dora: bool
+) -> None:
+    """The base is rounded in memory alone: what is saved is the exact one, plus the adapters."""
+    config = replace(CONFIG, lora=LoraConfig(rank=2, dora=dora), precision="bfloat16")
+    out = tmp_path / "train"
+    weights = trained(out, selection, pool, config, CRAFT("anchor"), "bfloat16")
+    changed = {k for k in START if not torch.equal(weights[k], START[k])}
+    assert changed
+    assert all(any(t in name for t in ("to_q", "to_k", "to_v", "to_out.0")) for name in changed)
+    assert any(not torch.equal(START[k], START[k].bfloat16().float()) for k in START)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(kept_checkpoint())
+    pipe.load_lora_weights(out / "lora")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert distance(dict(pipe.unet.state_dict()), weights) < 1e-5
+    rows = metrics(out)
+    # Fresh adapters; attention has other kernels without a gradient.
+    assert rows[0]["reference_error"] == pytest.approx(rows[0]["error"], rel=1e-3)
+    assert rows[-1]["reference_error"] != rows[-1]["error"]
+    trained(tmp_path / "float32", selection, pool, config, CRAFT("anchor"))
+    for row, other in zip(rows, metrics(tmp_path / "float32"), strict=True):
+        assert row["error"] == pytest.approx(other["error"], rel=0.01)
+
+
 def test_the_average_is_what_is_saved(
     tmp_path: Path, selection: Path, pool: Path, plain: dict[str, torch.Tensor]
 ) -> None:
@@ -281,13 +316,22 @@ def test_half_precision_is_a_rounding_of_the_weights(
     assert all(torch.equal(half[k], full[k].half().float()) for k in full)
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("rank", "dtype"),
+    [(0, "float32"), (2, "float32"), (2, "bfloat16")],
+    ids=["full", "lora", "lora-bf16"],
+)
 def test_a_killed_stage_gives_the_same_model(
-    tmp_path: Path, selection: Path, pool: Path, lora: LoraConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    selection: Path,
+    pool: Path,
+    rank: int,
+    dtype: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed at step 4 of 4, after checkpoint 2; another process has another global generator."""
-    config = replace(CONFIG, lora=lora)
-    whole = trained(tmp_path / "whole", selection, pool, config, CRAFT("anchor"))
+    config = replace(CONFIG, lora=LoraConfig(rank=rank), precision=dtype)
+    whole = trained(tmp_path / "whole", selection, pool, config, CRAFT("anchor"), dtype)
     call = ExampleFeed.__call__
 
     def killed(self: ExampleFeed, step: int) -> Examples:
@@ -298,10 +342,10 @@ def test_a_killed_stage_gives_the_same_model(
     with monkeypatch.context() as patch:
         patch.setattr(ExampleFeed, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "killed", selection, pool, config, CRAFT("anchor"))
+            trained(tmp_path / "killed", selection, pool, config, CRAFT("anchor"), dtype)
     assert (tmp_path / "killed" / "checkpoint-2" / "done.json").is_file()
     torch.manual_seed(12345)
-    again = trained(tmp_path / "killed", selection, pool, config, CRAFT("anchor"))
+    again = trained(tmp_path / "killed", selection, pool, config, CRAFT("anchor"), dtype)
     assert distance(again, whole) == 0
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     saved = Path("model", "unet", "diffusion_pytorch_model.safetensors")
