@@ -18,9 +18,13 @@ from craftune.rewards.aesthetic import AESTHETIC
 from craftune.rewards.clipscore import CLIPSCORE
 from craftune.rewards.custom import from_import_path
 from craftune.rewards.hps import hps
+from craftune.rewards.imagereward import IMAGEREWARD
 from craftune.rewards.jpeg import compressibility, incompressibility
+from craftune.rewards.jpeg_proxy import jpeg_proxy
+from craftune.rewards.mps import MPS
 from craftune.rewards.pickscore import PICKSCORE
 from craftune.rewards.published import Published
+from craftune.rewards.vqascore import VQASCORE
 from craftune.rewards.weights import digest
 from craftune.shapes.rewards import shapes_a, shapes_h, shapes_i, shapes_p, shapes_verifier
 from craftune.types import Reward
@@ -31,8 +35,12 @@ REWARDS: dict[str, Callable[[], Reward] | Published] = {
     "pickscore": PICKSCORE,
     "aesthetic": AESTHETIC,
     "clipscore": CLIPSCORE,
+    "imagereward": IMAGEREWARD,
+    "mps": MPS,
+    "vqascore": VQASCORE,
     "jpeg-compressibility": compressibility,
     "jpeg-incompressibility": incompressibility,
+    "jpeg-proxy": jpeg_proxy,
     "shapes-h": shapes_h,
     "shapes-p": shapes_p,
     "shapes-a": shapes_a,

@@ -56,7 +56,17 @@ def load_head(file: Path, width: int, device: torch.device) -> nn.Sequential:
         UserError: the file is damaged or of another network.
     """
     key = f"{KEY}.head"
-    held = read(file, key)
+    return head_of(read(file, key), width, f"{key}: {file}", device)
+
+
+def head_of(
+    held: Mapping[str, Tensor], width: int, source: str, device: torch.device
+) -> nn.Sequential:
+    """The head with these weights, by their published names; ImageReward has the same one.
+
+    Raises:
+        UserError: these are other weights.
+    """
     numbers = {f"layers.{number}": str(place) for place, number in enumerate(NUMBERS)}
     weights = {_renamed(name, numbers): tensor for name, tensor in held.items()}
 
@@ -64,7 +74,7 @@ def load_head(file: Path, width: int, device: torch.device) -> nn.Sequential:
         pairs = zip((width, *WIDTHS), WIDTHS, strict=False)
         return nn.Sequential(*(nn.Linear(before, after) for before, after in pairs))
 
-    return load_strictly(make, weights, f"{key}: {file}", device, torch.float32)
+    return load_strictly(make, weights, source, device, torch.float32)
 
 
 def _renamed(name: str, numbers: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,8 +160,12 @@ def load_clip(
     dtype: torch.dtype,
     *,
     vision_only: bool = False,
+    instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Any:
     """A `CLIPModel` from a transformers folder; `vision_only`: `CLIPVisionModelWithProjection`.
+
+    Args:
+        instead: weights that another file has of the same network; they go first.
 
     Raises:
         UserError: no CLIP, or weights that are not whole.
@@ -179,6 +184,7 @@ def load_clip(
         if not name.endswith("position_ids")  # of older transformers: always 0, 1, 2, ...
         and (not vision_only or name.startswith(("vision_model.", "visual_projection.")))
     }
+    weights |= {k: tensor for k, tensor in instead.items() if not k.endswith("position_ids")}
     parsed = CLIPConfig(**config)
     if vision_only:
         vision: Any = parsed.vision_config

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from craftune.rewards.preprocess import MiddleSquare
+from craftune.rewards.preprocess import MiddleSquare, PaddedSquare
 from craftune.types import PromptLimit, Reward
 
 Judge = Callable[[Tensor, list[str]], Tensor]
@@ -24,7 +24,7 @@ LOSS_SCALE = 1024.0
 
 def network_reward(
     judge: Judge,
-    inputs: MiddleSquare,
+    inputs: MiddleSquare | PaddedSquare,
     identity: Mapping[str, str],
     device: torch.device,
     dtype: torch.dtype,
@@ -38,7 +38,7 @@ def network_reward(
 
     Args:
         judge: with a gradient to the pictures; any batch.
-        inputs: how pictures are prepared; another type needs `plan`, `differentiable`, `__str__`.
+        inputs: how pictures are prepared.
         identity: name, version, sha256 and what is special; preprocessing and dtype are added.
         dtype: of the network.
         bytes_per_image: of activations in one pass without gradient.

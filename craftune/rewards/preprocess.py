@@ -106,6 +106,51 @@ class Resized:
         return resized[..., top : top + self.size, left : left + self.size]
 
 
+BACKGROUND = tuple(int(255 * mean) for mean in CLIP_MEAN)
+"""CLIP's mean colour, in 8 bits."""
+
+
+@dataclass(frozen=True)
+class PaddedSquare:
+    """The whole picture in the middle of a square of CLIP's mean colour, `size` pixels wide.
+
+    Attributes:
+        size: edge of the square.
+    """
+
+    size: int
+
+    def plan(self, size: tuple[int, int]) -> "PaddedSquare":
+        """What is done with a picture: the same for every size."""
+        del size
+        return self
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """A picture of any mode to uint8 `[3, size, size]`, by PIL."""
+        image = to_rgb(image)
+        (width, height), edge = image.size, max(image.size)
+        square = Image.new("RGB", (edge, edge), BACKGROUND)
+        square.paste(image, ((edge - width) // 2, (edge - height) // 2))
+        return _chw(square.resize((self.size, self.size), Image.Resampling.BICUBIC))
+
+    def differentiable(
+        self, images: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b 3 {self.size} {self.size}"]:
+        """Float images in [0, 1] of any one size, with a gradient; float32, clamped to [0, 1]."""
+        height, width = images.shape[-2:]
+        edge = max(height, width)
+        top, left = (edge - height) // 2, (edge - width) // 2
+        ground = images.new_tensor(BACKGROUND, dtype=torch.float32)[:, None, None] / 255
+        square = ground.expand(len(images), 3, edge, edge).clone()
+        square[..., top : top + height, left : left + width] = images.float().clamp(0, 1)
+        to = (self.size, self.size)
+        return F.interpolate(square, to, mode="bicubic", antialias=True).clamp(0, 1)
+
+    def __str__(self) -> str:
+        """For a reward's identity."""
+        return f"RGB, padded to a square, pil bicubic antialias, {self.size}"
+
+
 def normalized(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8, or float in [0, 1], `[b, 3, h, w]` to float32 in the network's units."""
     pixels = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()

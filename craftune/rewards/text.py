@@ -49,14 +49,21 @@ class Tokenizer:
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "b tokens"]:
         """Token numbers `[b, tokens]`; longer texts lose their end, the end mark stays."""
-        found = self.tokenizer(
+        return self._read(texts)["input_ids"]
+
+    def with_mask(self, texts: list[str]) -> Int[Tensor, "b 2 tokens"]:
+        """Token numbers, and 1 where there is one: 0 where the text is padded."""
+        found = self._read(texts)
+        return torch.stack((found["input_ids"], found["attention_mask"]), 1)
+
+    def _read(self, texts: list[str]) -> Any:
+        return self.tokenizer(
             [self.clean(text) for text in texts],
             max_length=self.tokens,
             padding="max_length",
             truncation=True,
             return_tensors="pt",
         )
-        return found["input_ids"]
 
     def cuts(self, text: str) -> bool:
         """Whether a text is longer than what is read of it."""
@@ -81,13 +88,43 @@ def clip_tokenizer(path: str, key: str, clean: Callable[[str], str] = str) -> To
     folder = tokenizer_folder(path, ("tokenizer.json", "vocab.json"), key)
     from transformers import CLIPTokenizer
 
+    return Tokenizer(_made(CLIPTokenizer, folder, path, key, "CLIP"), clean=clean)
+
+
+def bert_tokenizer(path: str, key: str, tokens: int) -> Tokenizer:
+    """BERT's tokenizer from a folder or a hub id, with BLIP's two marks [DEC] and [ENC].
+
+    Raises:
+        UserError: the files are not there or damaged; says what to fetch.
+    """
+    folder = tokenizer_folder(path, ("tokenizer.json", "vocab.txt"), key)
+    from transformers import BertTokenizer
+
+    tokenizer = _made(BertTokenizer, folder, path, key, "BERT")
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
+    return Tokenizer(tokenizer, tokens)
+
+
+def t5_tokenizer(path: str, key: str) -> Tokenizer:
+    """Flan-T5's tokenizer from a folder or a hub id.
+
+    Raises:
+        UserError: the files are not there or damaged; says what to fetch.
+    """
+    folder = tokenizer_folder(path, ("tokenizer.json",), key)
+    from transformers import T5Tokenizer
+
+    return Tokenizer(_made(T5Tokenizer, folder, path, key, "T5"))
+
+
+def _made(kind: Any, folder: Path, path: str, key: str, name: str) -> Any:
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer = kind.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key} {path!r}: {folder} holds no CLIP tokenizer ({reason})") from None
+        raise UserError(f"{key} {path!r}: {folder} holds no {name} tokenizer ({reason})") from None
     tokenizer.model_max_length = 10**9  # texts are cut here and counted, so no warning
-    return Tokenizer(tokenizer, clean=clean)
+    return tokenizer
 
 
 def tokenizer_folder(path: str, names: tuple[str, ...], key: str) -> Path:

@@ -16,7 +16,12 @@ from craftune.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
 
-SAFETENSORS_OR_BIN = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+SAFETENSORS_OR_BIN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """The weights of a transformers folder, the first that is there."""
 
 

@@ -54,7 +54,7 @@ def converted(shapes: dict[str, Any], scale: float, act: str, heads: tuple[int, 
     return load_strictly(lambda: CLIPModel(config), weights, "test", CPU, torch.float32)
 
 
-def close(found: Tensor, expected: list, most: float = 1e-5) -> None:
+def close(found: Tensor, expected: list | float, most: float = 1e-5) -> None:
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=most)
 
 
