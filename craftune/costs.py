@@ -125,7 +125,7 @@ def costs(recipe: Recipe, figures: Figures, prompts: int, held_out: int) -> list
             pool,
             pool * image_flops(recipe, figures),
             drawing,
-            pool * (picture + 4 * figures.latent_numbers),
+            pool * (picture + 4 * figures.latent_numbers * recipe.generate.keep_latents),
             dtype,
         ),
         StageCost(

@@ -201,7 +201,7 @@ def _tuning(plan: _Plan) -> list[Stage]:
             reads=("prompts", "train"),
             made_from={
                 **plan.made_from,
-                "generate": plan.without("generate", "batch_size"),
+                "generate": plan.without("generate", "batch_size", "keep_latents"),
                 "score": plan.only("score", "rewards"),
                 "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
                 **plan.weights(names),

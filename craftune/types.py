@@ -6,7 +6,7 @@ Latents are scaled (and shifted) as the family's denoiser takes them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -139,6 +139,18 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What a VAE makes of images: a normal distribution of latents, in the denoiser's units.
+
+    Attributes:
+        std: None where the VAE has no distribution; its latents are then `mean`.
+    """
+
+    mean: Float[Tensor, "b ..."]
+    std: Float[Tensor, "b ..."] | None
+
+
+@dataclass(frozen=True)
 class Model:
     """A text-to-image checkpoint, taken apart into what craftune needs of it.
 
@@ -149,7 +161,7 @@ class Model:
         latent_shape: of one image, e.g. (4, 64, 64).
         encode_prompts: texts -> `Cond`; the empty text is the unconditional branch.
         decode: latents `[b, ...]` -> images float32 `[b, 3, h, w]` in [0, 1], with gradient.
-        encode_images: images float32 `[b, 3, h, w]` in [0, 1] -> latents, no gradient.
+        encode_images: images float32 `[b, 3, h, w]` in [0, 1] -> `Encoded`, no gradient.
         grid: sampler name, number of steps -> the noise levels the family samples at.
         samplers: those that `grid` admits, the family's own first; it refuses others.
         guidance: how the guidance scale takes effect.
@@ -168,7 +180,7 @@ class Model:
     latent_shape: tuple[int, ...]
     encode_prompts: Callable[[list[str]], Cond]
     decode: Callable[[Tensor], Tensor]
-    encode_images: Callable[[Tensor], Tensor]
+    encode_images: Callable[[Tensor], Encoded]
     grid: Callable[[str, int], Grid]
     samplers: tuple[str, ...]
     lora_targets: tuple[str, ...]
@@ -186,10 +198,20 @@ class Examples:
     cond: Cond
     weight: Float[Tensor, " b"]
     """Factor in the loss, as the method's `weigh` made it from the advantage."""
+    std: Float[Tensor, "b ..."] | None = None
+    """Where latents are the mean of what a VAE made of pictures: its standard deviation."""
 
     def rows(self, index: Int[Tensor, " n"] | slice) -> "Examples":
         """Part of the batch: a micro-batch, or examples at these positions."""
-        return Examples(self.latents[index], self.cond.rows(index), self.weight[index])
+        std = None if self.std is None else self.std[index]
+        return Examples(self.latents[index], self.cond.rows(index), self.weight[index], std)
+
+    def drawn(self, rng: torch.Generator) -> "Examples":
+        """With latents drawn from their distribution, where they have one; the rng is the CPU's."""
+        if self.std is None:
+            return self
+        noise = torch.randn(self.latents.shape, generator=rng).to(self.latents)
+        return replace(self, latents=self.latents + self.std * noise, std=None)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,9 @@ def test_the_micro_batch_that_fits() -> None:
 def test_disk_by_hand(recipe: Recipe) -> None:
     found = by_name(recipe)
     assert found["generate"].disk == pytest.approx(500 * (1.7 * 100 + 4 * 16))
+    bare = dataclasses.replace(recipe.generate, keep_latents=False)
+    without = by_name(dataclasses.replace(recipe, generate=bare))
+    assert without["generate"].disk == pytest.approx(500 * 1.7 * 100)
     # two checkpoints and one in the making, 4 + 8 bytes a weight; the model in float16
     assert found["train"].disk == 3 * 12 * 1000 + 2 * 1110
     assert found["evaluate"].disk == pytest.approx(120 * 1.7 * 100)

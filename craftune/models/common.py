@@ -12,7 +12,6 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_log
-from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_log
@@ -141,47 +140,6 @@ def in_batches(encode: Callable[[list[str]], Cond], size: int = 64) -> Callable[
         return Cond.cat([encode(texts[i : i + size]) for i in range(0, len(texts), size)])
 
     return encode_prompts
-
-
-def vae_decoder(
-    vae: Any, shift: float = 0.0
-) -> Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b 3 y x"]]:
-    """Scaled latents -> images float32 in [0, 1], with gradient.
-
-    Latents are (z - shift) * scaling_factor in the denoiser's units.
-
-    Raises (when called):
-        UserError: an image is not finite, as where a VAE overflows in float16.
-    """
-    scale = float(vae.config.scaling_factor)
-
-    def decode(latents: Tensor) -> Tensor:
-        image = vae.decode(latents.to(vae.dtype) / scale + shift, return_dict=False)[0]
-        if not torch.isfinite(image).all():
-            whose = "the VAE" if torch.isfinite(latents).all() else "the denoiser"
-            raise UserError(
-                f"model.dtype: {whose} gives values that are not finite (the VAE is in "
-                f"{str(vae.dtype).removeprefix('torch.')}); use 'bfloat16' or 'float32'"
-            )
-        return (image.float() / 2 + 0.5).clamp(0, 1)
-
-    return decode
-
-
-def vae_encoder(
-    vae: Any, shift: float = 0.0
-) -> Callable[[Float[Tensor, "b 3 y x"]], Float[Tensor, "b c h w"]]:
-    """Images float32 in [0, 1] -> the mean of their scaled latents, no gradient."""
-    scale = float(vae.config.scaling_factor)
-
-    @torch.no_grad()
-    def encode_images(images: Tensor) -> Tensor:
-        encoded = vae.encode((images * 2 - 1).to(vae.device, vae.dtype))
-        # AutoencoderTiny has no distribution; AutoencoderKL's mode is its mean.
-        clean = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (clean.float() - shift) * scale
-
-    return encode_images
 
 
 def rest_mover(pipe: Any, name: str) -> Callable[[torch.device], None]:

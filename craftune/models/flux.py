@@ -29,8 +29,6 @@ from craftune.models.common import (
     rest_mover,
     save_pipeline,
     token_ids,
-    vae_decoder,
-    vae_encoder,
 )
 from craftune.models.flow import (
     JOINT_ATTENTION,
@@ -40,6 +38,7 @@ from craftune.models.flow import (
     flow_schedule,
     t5_states,
 )
+from craftune.models.vae import vae_decoder, vae_encoder
 from craftune.types import Cond, Guidance, Model
 
 USUAL_GUIDANCE = 3.5

@@ -22,10 +22,9 @@ from craftune.models.common import (
     rest_mover,
     save_pipeline,
     token_ids,
-    vae_decoder,
-    vae_encoder,
 )
 from craftune.models.discrete import SAMPLERS, check_unet, discrete_grid, discrete_schedule
+from craftune.models.vae import vae_decoder, vae_encoder
 from craftune.types import Cond, Model
 
 

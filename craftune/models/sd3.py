@@ -23,8 +23,6 @@ from craftune.models.common import (
     rest_mover,
     save_pipeline,
     token_ids,
-    vae_decoder,
-    vae_encoder,
 )
 from craftune.models.flow import (
     JOINT_ATTENTION,
@@ -34,6 +32,7 @@ from craftune.models.flow import (
     flow_schedule,
     t5_states,
 )
+from craftune.models.vae import vae_decoder, vae_encoder
 from craftune.records import read_json
 from craftune.types import Cond, Model
 

@@ -60,7 +60,8 @@ def generate(
         shard = rows[start : start + size]
         requests = [Request(row["refined_prompt"], row["seed"]) for row in shard]
         drawn = draw_images(config, model, model.denoiser, requests, empty)
-        made = [row | image for row, image in zip(shard, drawn, strict=True)]
+        kept = {} if config.keep_latents else {"latents": None}
+        made = [row | image | kept for row, image in zip(shard, drawn, strict=True)]
         write_table(paths[start], made, CANDIDATE)
     processes.settle(paths.values())
     return {"prompts": len({r["prompt_id"] for r in rows}), "candidates": len(rows)}

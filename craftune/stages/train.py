@@ -5,8 +5,8 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
 from craftune.config import TrainConfig
 from craftune.errors import UserError
+from craftune.images import decode, to_tensor
 from craftune.methods import CRAFT, SFT
 from craftune.processes import ALONE, Processes
 from craftune.records import read_table
 from craftune.seeds import stream
 from craftune.training import train as run_loop
-from craftune.types import Cond, Examples, Model
+from craftune.types import Cond, Encoded, Examples, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ExampleFeed:
         size = self.batch_size
         rows = torch.where(dropped < self.prompt_dropout, size, torch.arange(size))
         cond = Cond.cat([chosen.cond, self.empty]).rows(rows.to(device))
-        return dataclasses.replace(chosen, cond=cond)
+        chosen = dataclasses.replace(chosen, cond=cond)
+        return chosen.drawn(stream("encoded", self.seed, step))
 
 
 def train(
@@ -70,7 +72,8 @@ def train(
         model: its network is changed in place; in float32, save that adapters leave the rest
             frozen, so that it may be in bfloat16 under autocast.
         selection: selection.parquet.
-        pool: folder of the stage `generate`; the sampler's own final latents are trained on.
+        pool: folder of the stage `generate`; the sampler's own final latents are trained on, or
+            where it has none what the VAE makes of the pictures.
         out: receives model/ (a diffusers folder), metrics.jsonl, and lora/ for adapters.
         processes: those that share each batch; each calls this function.
         exact: loads the checkpoint anew on the CPU without rounding it; given where `model` is
@@ -146,34 +149,43 @@ def load_examples(
             "0; select more (select.k, select.filter) or use method.name = 'sft'"
         )
     chosen = chosen.filter(used.numpy())
-    latents, guidance = _drawn(pool, chosen["candidate"].to_pylist(), model.latent_shape)
+    encoded, guidance = _from_pool(pool, chosen["candidate"].to_pylist(), model)
     cond = model.encode_prompts(chosen["prompt"].to_pylist())
     if model.guidance == "embedded":
         # The scale that an example was drawn with: there, it is the base network's own sample, so
         # that the loss pulls towards what was selected and not from one scale to another.
         cond = cond.having("guidance", guidance.to(device))
     return Examples(
-        latents=latents.to(device),
+        latents=encoded.mean.to(device),
         cond=cond,
         weight=weight[used].to(device),
+        std=None if encoded.std is None else encoded.std.to(device),
     )
 
 
-def _drawn(
-    pool: Path, names: list[str], shape: tuple[int, ...]
-) -> tuple[Float[Tensor, "n ..."], Float[Tensor, " n"]]:
-    """Final latents and guidance scales of these candidates, in order, one shard at a time."""
+def _from_pool(pool: Path, names: list[str], model: Model) -> tuple[Encoded, Float[Tensor, " n"]]:
+    """Latents and guidance scales of these candidates, in order, one shard at a time."""
     where = {name: i for i, name in enumerate(names)}
-    found, scales = np.empty((len(names), *shape), np.float32), np.empty(len(names), np.float32)
+    found: list[tuple[int, float, Encoded]] = []
     for shard in sorted(pool.glob("part-*.parquet")):
         table = read_table(shard, ["id", "guidance_scale", "latents"])
         wanted = pc.is_in(table["id"], value_set=pa.array(names, pa.string()))  # type: ignore[attr-defined]
         table = table.filter(wanted)
-        columns = (table[name] for name in table.column_names)
-        for name, scale, latents in zip(*columns, strict=True):
-            place = where.pop(name.as_py())
-            found[place] = latents.values.to_numpy().reshape(shape)
-            scales[place] = scale.as_py()
+        if table["latents"].null_count:  # pictures are large, so they are read only where needed
+            pictures = read_table(shard, ["image"]).filter(wanted)["image"]
+            table = table.append_column("image", pictures)
+        for row in table.to_pylist():
+            found.append((where.pop(row["id"]), row["guidance_scale"], _latents(row, model)))
     if where:
         raise UserError(f"{pool}: lacks the selected candidate {next(iter(where))}; --redo select")
-    return torch.from_numpy(found), torch.from_numpy(scales)
+    _, scales, latents = zip(*sorted(found, key=lambda entry: entry[0]), strict=True)
+    stds = [part.std for part in latents if part.std is not None]
+    encoded = Encoded(torch.cat([part.mean for part in latents]), torch.cat(stds) if stds else None)
+    return encoded, torch.tensor(scales)
+
+
+def _latents(row: dict[str, Any], model: Model) -> Encoded:
+    """The sampler's own, or what the VAE makes of the picture."""
+    if row["latents"] is not None:
+        return Encoded(torch.tensor(row["latents"]).view(1, *model.latent_shape), None)
+    return model.encode_images(to_tensor([decode(row["image"]["bytes"])]))

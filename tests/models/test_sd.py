@@ -15,6 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from toy import (
     LINSPACE_SCHEDULER,
     SD15_SCHEDULER,
@@ -126,8 +127,28 @@ def test_encode_images_undoes_what_the_vae_s_scale_does(tmp_path: Path) -> None:
         found = model.encode_images(images)
         raw = pipe.vae.encode(images * 2 - 1)
         own = raw.latents if vae == "tiny" else raw.latent_dist.mean
-        torch.testing.assert_close(found, (own * pipe.vae.config.scaling_factor).detach())
-        assert found.shape == (2, *model.latent_shape)
+        scale = pipe.vae.config.scaling_factor
+        torch.testing.assert_close(found.mean, (own * scale).detach())
+        assert found.mean.shape == (2, *model.latent_shape)
+        if vae == "tiny":
+            assert found.std is None
+        else:
+            torch.testing.assert_close(found.std, (raw.latent_dist.std * scale).detach())
+
+
+@pytest.mark.parametrize(("vae", "last"), [("kl", "quant_conv"), ("tiny", "encoder.layers.4")])
+def test_a_vae_that_overflows_while_it_encodes_is_named(
+    tmp_path: Path, vae: str, last: str
+) -> None:
+    """Weights that float16 holds, and sums that it does not."""
+    path = random_checkpoint(tmp_path, vae=vae)
+    file = path / "vae" / "diffusion_pytorch_model.safetensors"
+    shape = load_file(file)[f"{last}.weight"].shape
+    edit_weights(file, f"{last}.weight", torch.full(shape, 60_000.0))
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.isfinite(load_sd(path).encode_images(images).mean).all()
+    with pytest.raises(UserError, match=r"model.dtype: the VAE's encoder gives .* not finite"):
+        load_sd(path, dtype="float16").encode_images(images)
 
 
 def test_decode_passes_gradients_to_the_latents() -> None:
@@ -204,7 +225,7 @@ def test_low_precision_networks_take_and_give_float32() -> None:
     x_t, cond = torch.randn(2, *model.latent_shape), model.encode_prompts(PROMPTS[:2])
     out = model.denoiser(x_t, torch.tensor([10, 900]), cond)
     assert out.dtype == cond.tensors["tokens"].dtype == torch.float32
-    assert model.decode(x_t).dtype == model.encode_images(torch.rand(1, 3, 16, 16)).dtype
+    assert model.decode(x_t).dtype == model.encode_images(torch.rand(1, 3, 16, 16)).mean.dtype
     exact = load_sd(kept_checkpoint()).denoiser(x_t, torch.tensor([10, 900]), cond)
     torch.testing.assert_close(out, exact, atol=0.1, rtol=0.1)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from toy import kept_checkpoint, load_sd, toy_cond, toy_examples
 from craftune import processes
 from craftune.config import GenerateConfig, LoraConfig, TrainConfig
 from craftune.errors import UserError
+from craftune.images import decode, to_tensor
 from craftune.methods import CRAFT, SFT
 from craftune.records import Prompt, Refined, prompt_id, write_rows
 from craftune.stages.generate import generate
@@ -163,6 +165,58 @@ def test_examples_are_the_pool_s_latents_under_the_original_prompt(
         assert torch.equal(found.latents[i], stored)
         plain = model.encode_prompts([rows[row["candidate"]]["prompt"]]).tensors["tokens"][0]
         torch.testing.assert_close(found.cond.tensors["tokens"][i], plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def without_latents(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pool, drawn with keep_latents = false."""
+    out = tmp_path_factory.mktemp("without")
+    config = GenerateConfig(num_steps=2, guidance_scale=2.0, shard_size=4, keep_latents=False)
+    model = load_sd(kept_checkpoint())
+    generate(config, model, 0, pool / "prompts.jsonl", pool / "refined.jsonl", out)
+    return out
+
+
+def test_a_pool_without_latents_is_encoded_by_the_vae(
+    selection: Path, pool: Path, without_latents: Path
+) -> None:
+    model = load_sd(kept_checkpoint())
+    rows, kept = pool_rows(without_latents), pool_rows(pool)
+    assert all(row["latents"] is None for row in rows.values())
+    assert all(row["image"] == kept[name]["image"] for name, row in rows.items())
+    found = load_examples(SFT(), model, selection, without_latents, CPU)
+    chosen = [r["candidate"] for r in pq.read_table(selection).to_pylist() if r["selected"]]
+    pictures = to_tensor([decode(rows[name]["image"]["bytes"]) for name in chosen])
+    wanted = model.encode_images(pictures)
+    assert wanted.std is not None
+    assert found.std is not None
+    torch.testing.assert_close(found.latents, wanted.mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.std, wanted.std, atol=1e-5, rtol=1e-4)
+    assert load_examples(SFT(), model, selection, pool, CPU).std is None
+
+
+def test_encoded_latents_are_drawn_anew_as_a_function_of_the_step() -> None:
+    """Mean and deviation as given: 40,000 draws."""
+    mean, std = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]])
+    cond = Cond({"tokens": torch.zeros(1, 1, 1)})
+    examples = Examples(mean, cond, torch.ones(1), std)
+    feeds = [ExampleFeed(examples, cond, 200, 0.0, seed) for seed in (0, 0, 1)]
+    assert torch.equal(feeds[0](3).latents, feeds[1](3).latents)
+    assert not torch.equal(feeds[0](3).latents, feeds[2](3).latents)
+    drawn = torch.cat([feeds[0](step).latents for step in range(200)])
+    assert len(drawn.unique(dim=0)) == 40_000
+    torch.testing.assert_close(drawn.mean(0), mean[0], atol=0.06, rtol=0)
+    torch.testing.assert_close(drawn.std(0), std[0], atol=0.05, rtol=0)
+    assert feeds[0](0).std is None
+
+
+def test_training_without_latents_survives_a_kill(
+    tmp_path: Path, selection: Path, without_latents: Path
+) -> None:
+    whole = trained(tmp_path / "whole", selection, without_latents)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "model")
+    assert distance(trained(tmp_path / "killed", selection, without_latents), whole) == 0
 
 
 def test_what_the_method_gives_no_weight_is_left_out(selection: Path, pool: Path) -> None:
