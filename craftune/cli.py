@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--candidate", help="its id, <prompt id>-<variant>-<sample>")
     which.add_argument("--prompt", help="a prompt's id or text")
     _add_export(commands.add_parser("export", help="hand the tuned model on in another format"))
+    _add_serve(commands.add_parser("serve-reward", help="one reward behind an HTTP address"))
     names = commands.add_parser("list", help="the names and settings that recipes may use")
     names.add_argument("table", choices=TABLES, metavar="table", help=", ".join(TABLES))
     return parser
@@ -171,6 +172,13 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="images: Parquet file; default: scores.parquet"
     )
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reward", help="see craftune list rewards")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--port", type=int, default=8765, help="default: 8765; 0 takes a free one")
+    _add_set(parser)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +203,10 @@ def _listed(table: Mapping[str, str]) -> str:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a TOML file, see recipes/")
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",

@@ -1,13 +1,8 @@
 """What each command of the command line does; imported only once a command is known."""
 
 import argparse
-import inspect
-import shutil
-import sys
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,20 +10,13 @@ from craftune import pipeline
 from craftune.config import Recipe
 from craftune.errors import UserError, unknown_name
 from craftune.explain import explain as explain_cell
-from craftune.methods import METHODS
-from craftune.models import FAMILIES
+from craftune.listing import list_names
 from craftune.processes import ALONE, Processes, joined
-from craftune.recipes import keys_of, load_recipe, settings
+from craftune.recipes import load_recipe
 from craftune.records import read_json
-from craftune.refiners import REFINERS
-from craftune.rewards import REWARDS
-from craftune.rewards.published import Published
 from craftune.runs import stage_folder
-from craftune.selection import FILTERS, NothingSelected, SelectConfig, select
+from craftune.selection import NothingSelected, SelectConfig, select
 from craftune.stages.select import Pool, load_pool
-
-KEY_WIDTH = 29
-"""Of "key = default" and the gap after it, in the tables of settings."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,68 +83,6 @@ def doctor(options: argparse.Namespace) -> int:
     findings = examine(options.out)
     print(page(findings))
     return int(any(finding.state == "wrong" for finding in findings))
-
-
-def list_names(options: argparse.Namespace) -> int:
-    """One line per name of a table."""
-    if options.table == "settings":
-        _print_keys(settings())
-        print()
-        _print_keys(
-            row
-            for name, entry in REWARDS.items()
-            if isinstance(entry, Published)
-            for row in keys_of(entry.settings, f'reward."{name}"')
-        )
-        return 0
-    if options.table == "methods":
-        for number, (name, kind) in enumerate(METHODS.items()):
-            about = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-            print(f"{chr(10) if number else ''}{name:<{KEY_WIDTH}}{about}")
-            _print_keys(keys_of(kind, "method.settings"))
-        return 0
-    filters = {
-        name: f"one image beats the plain prompt's on {' and '.join(roles)}"
-        for name, roles in FILTERS.items()
-    }
-    tables: dict[str, Mapping[str, Any]] = {
-        "rewards": REWARDS,
-        "families": FAMILIES,
-        "refiners": REFINERS,
-        "filters": {**filters, "none": "every candidate passes"},
-    }
-    table = tables[options.table]
-    width = max(map(len, table))
-    for name, entry in table.items():
-        if isinstance(entry, Published):
-            _print_published(name, entry, width)
-            continue
-        text = entry if isinstance(entry, str) else (inspect.getdoc(entry) or "").splitlines()[0]
-        print(f"{name:<{width}}  {text}")
-    if options.table in ("rewards", "refiners"):
-        print("\nYour own: package.module:function")
-    if options.table == "rewards":
-        print('Where weights lie, and in which dtype they run: [reward."NAME"] (list settings)')
-    if options.table == "filters":
-        print("\nLetters are select.roles; a list of rewards is a filter, too.")
-    return 0
-
-
-def _print_published(name: str, entry: Published, width: int) -> None:
-    print(f"{name:<{width}}  {entry.about}")
-    print(f"{'':<{width}}  weights: {entry.source}; {entry.licence}; {entry.download}")
-
-
-def _print_keys(rows: Iterable[tuple[str, str, str]]) -> None:
-    """Keys as a recipe has them, section by section, with default and meaning."""
-    columns = min(shutil.get_terminal_size().columns, 100)
-    last = ""
-    for section, key, text in rows:
-        if section != last:
-            print(f"{chr(10) if last else ''}[{section}]")
-        last = section
-        first = f"{key:<{KEY_WIDTH - 2}}  "
-        print(textwrap.fill(text, columns, initial_indent=first, subsequent_indent=" " * KEY_WIDTH))
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -238,6 +164,13 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def serve_reward(options: argparse.Namespace) -> int:
+    """One reward behind an address, until it is stopped."""
+    from craftune.scoring.command import serve_one
+
+    return serve_one(options)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
     "score": score,
@@ -246,6 +179,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": doctor,
     "explain": explain,
     "export": export,
+    "serve-reward": serve_reward,
     "list": list_names,
 }
 """Name on the command line -> what it does; the stages' own commands are `run` of one stage."""

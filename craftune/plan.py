@@ -265,4 +265,4 @@ def _unused(source: str) -> tuple[str, ...]:
 
 def _code(names: Iterable[str], key: str) -> dict[str, str]:
     """Digests of the functions from outside."""
-    return {name: source_sha256(name, key) for name in names if ":" in name}
+    return {name: source_sha256(name, key) for name in names if ":" in name and "://" not in name}

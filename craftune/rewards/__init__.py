@@ -3,7 +3,8 @@
 An entry is a factory without arguments that returns a `Reward`, or a `Published` reward: weights
 from the hub or a folder, with settings. Either is loaded once per process (and device). Out of
 tree, write "package.module:name" wherever a name is accepted: a factory of a `Reward`, or simply a
-function (images, prompts) -> one number per image.
+function (images, prompts) -> one number per image. An address http://host:port/path is a reward
+that another process computes.
 """
 
 import functools
@@ -23,7 +24,8 @@ from craftune.rewards.jpeg import compressibility, incompressibility
 from craftune.rewards.jpeg_proxy import jpeg_proxy
 from craftune.rewards.mps import MPS
 from craftune.rewards.pickscore import PICKSCORE
-from craftune.rewards.published import Published
+from craftune.rewards.published import Published, configured
+from craftune.rewards.remote import RemoteSettings, check_address, is_address, remote_reward
 from craftune.rewards.vqascore import VQASCORE
 from craftune.rewards.weights import digest
 from craftune.shapes.rewards import shapes_a, shapes_h, shapes_i, shapes_p, shapes_verifier
@@ -65,10 +67,12 @@ def check_names(names: Iterable[str], key: str) -> None:
         if name in seen:
             raise UserError(f"{key}: {name!r} is listed twice")
         seen.add(name)
-        if ":" in name:
+        if is_address(name):
+            check_address(name, key)
+        elif ":" in name:
             imported(name, f"{key}, reward")
         elif name not in REWARDS:
-            hint = 'or give "package.module:function"'
+            hint = 'or give "package.module:function" or "http://host:port"'
             raise UserError(f"{key}: {unknown_name('reward', name, REWARDS)}; {hint}")
 
 
@@ -80,6 +84,9 @@ def check_settings(settings: Settings) -> None:
     """
     published = {name: entry for name, entry in REWARDS.items() if isinstance(entry, Published)}
     for name, given in settings.items():
+        if is_address(name):
+            configured(RemoteSettings, name, given)
+            continue
         if name not in published:
             hint = 'a name with a dot is quoted, as in [reward."hpsv2.1"]'
             raise UserError(f"reward.{name}: {unknown_name('reward', name, published)}; {hint}")
@@ -87,12 +94,14 @@ def check_settings(settings: Settings) -> None:
 
 
 def made_from(names: Iterable[str], settings: Settings) -> dict[str, dict[str, Any]]:
-    """Settings and sha256 of the weights of the published rewards among these.
+    """Settings and sha256 of the weights of the published rewards among these, and what the
+    servers of others say they are.
 
     Weights that are not here yet are downloaded.
 
     Raises:
         UserError: wrong settings, or weights that are not to be had; says what to fetch.
+        ConnectionError: a server does not answer.
     """
     found = {}
     for name in dict.fromkeys(names):
@@ -101,6 +110,8 @@ def made_from(names: Iterable[str], settings: Settings) -> dict[str, dict[str, A
             config = entry.configured(name, settings.get(name, {}))
             weights = {"path_sha256": digest(entry.files(config))}
             found[name] = {key: vars(config)[key] for key in config.__dataclass_fields__} | weights
+        elif is_address(name):
+            found[name] = {"identity": dict(load(name, settings=settings).identity)}
     return found
 
 
@@ -112,6 +123,8 @@ def load(name: str, device: torch.device = CPU, settings: Settings | None = None
     """
     check_names([name], "reward")
     entry = REWARDS.get(name)
+    if is_address(name):
+        return _loaded(name, CPU, configured(RemoteSettings, name, (settings or {}).get(name, {})))
     if not isinstance(entry, Published):
         return _loaded(name, CPU, None)
     return _loaded(name, device, entry.configured(name, (settings or {}).get(name, {})))
@@ -127,4 +140,6 @@ def _loaded(name: str, device: torch.device, config: Any) -> Reward:
     entry = REWARDS.get(name)
     if isinstance(entry, Published):
         return entry.load(config, device)
+    if is_address(name):
+        return remote_reward(name, config)
     return entry() if entry else from_import_path(name)

@@ -1,4 +1,15 @@
-"""Rewards from outside: any function (images, prompts) -> numbers, by "package.module:name"."""
+"""Rewards from outside: a function of the user's, by "package.module:name".
+
+The names of its parameters say how it is called, and nothing else does:
+
+    def f(images, prompts)    a list of PIL images and of their prompts -> one number per image
+    def f(image, prompt)      one image and its prompt -> its number
+    def f(images), f(image)   the same, without prompts
+    def f()                   called once -> a `craftune.Reward`
+
+Other names are refused: a function that is called with lists where it expects single images may
+well return something.
+"""
 
 import hashlib
 import inspect
@@ -19,12 +30,11 @@ from craftune.types import Reward
 def from_import_path(path: str) -> Reward:
     """The reward that "package.module:name" stands for; it goes by that name.
 
-    The object is a factory without arguments that returns a `Reward`, or a function from a list
-    of PIL images and a list of prompts to one number per image (list, array or tensor). The
-    identity carries the module's sha256.
+    Numbers come as list, array or tensor. The identity carries the module's sha256.
 
     Raises:
-        UserError: no such module or name, or the factory fails or returns something else.
+        UserError: no such module or name, parameters of other names, or a factory that fails or
+            returns something else.
     """
     function, module = imported(path, "reward")
     source = Path(module.__file__).read_bytes() if module.__file__ else b""
@@ -35,8 +45,12 @@ def from_import_path(path: str) -> Reward:
         "preprocessing": "PIL images as stored",
         "dtype": "float32",
     }
-    if _takes_arguments(function):
-        return Reward(path, _guarded(path, function), identity)
+    parameters = _parameters(path, function)
+    if parameters:
+        per_image, uses_prompt = parameters[0] == "image", len(parameters) == 2
+        whole = _over_images(function) if per_image else function
+        asked = whole if uses_prompt else _without_prompts(whole)
+        return Reward(path, _guarded(path, asked), identity, uses_prompt=uses_prompt)
     made = _call(path, "failed to load", function)
     if not isinstance(made, Reward):
         raise UserError(
@@ -49,11 +63,65 @@ def from_import_path(path: str) -> Reward:
     return replace(made, name=path, score=score, identity=identity, inputs=None, score_inputs=None)
 
 
-def _takes_arguments(function: Callable[..., Any]) -> bool:
+KINDS = (("images", "prompts"), ("image", "prompt"), ("images",), ("image",), ())
+"""Parameters that a function of the user's may have, besides ones with defaults."""
+
+
+def _parameters(path: str, function: Callable[..., Any]) -> tuple[str, ...]:
+    """Those of `KINDS` that the function has.
+
+    Raises:
+        UserError: it has others.
+    """
     try:
-        return bool(inspect.signature(function).parameters)
-    except ValueError:  # some builtins have no signature
-        return True
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise _unclear(path, "Python cannot tell its parameters") from None
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    kinds = {name for kind in KINDS for name in kind}
+    names = tuple(
+        p.name
+        for p in found
+        if p.name in kinds or (p.default is p.empty and p.kind not in variadic)
+    )
+    positional = all(
+        p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in found if p.name in names
+    )
+    starred = not names and any(p.kind in variadic for p in found)
+    if names not in KINDS or not positional or starred:
+        raise _unclear(path, f"its parameters are {inspect.signature(function)}")
+    return names
+
+
+def _unclear(path: str, seen: str) -> UserError:
+    return UserError(
+        f"reward {path!r}: {seen}; name them (images, prompts) to get lists and return one number "
+        "per image, or (image, prompt) to get one image at a time; the prompt may be left out"
+    )
+
+
+def _over_images(function: Callable[..., Any]) -> Callable[..., list[float]]:
+    """A function of one image as one of many.
+
+    Each value must be one number: `float` would take a string, and an array of one element.
+    """
+
+    def of_many(*lists: list[Any]) -> list[float]:
+        found = [function(*one) for one in zip(*lists, strict=True)]
+        for value in found:
+            if isinstance(value, str) or getattr(value, "ndim", 0):
+                raise TypeError(f"returned {type(value).__name__} for one image, not a number")
+        return [float(value) for value in found]
+
+    return of_many
+
+
+def _without_prompts(function: Callable[..., Any]) -> Callable[..., Any]:
+    def of_images(images: list[Image.Image], prompts: list[str]) -> Any:
+        del prompts
+        return function(images)
+
+    return of_images
 
 
 def _guarded(path: str, function: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -46,16 +46,25 @@ class Published:
         Raises:
             UserError: unknown key, or a value of the wrong type or out of range.
         """
-        try:
-            return TypeAdapter(self.settings).validate_python(dict(given))
-        except ValidationError as error:
-            found = error.errors()[0]
-            key = f'reward."{name}".' + ".".join(str(part) for part in found["loc"])
-            if found["type"] == "unexpected_keyword_argument":
-                known = [field.name for field in fields(self.settings)]
-                unknown = unknown_name("setting", str(found["loc"][-1]), known)
-                raise UserError(f"{key}: {unknown}") from None
-            raise UserError(f"{key}: {found['msg'].lower()}, got {found['input']!r}") from None
+        return configured(self.settings, name, given)
+
+
+def configured(kind: type[Any], name: str, given: Mapping[str, Any]) -> Any:
+    """The settings of a reward, checked.
+
+    Raises:
+        UserError: unknown key, or a value of the wrong type or out of range.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(given))
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = f'reward."{name}".' + ".".join(str(part) for part in found["loc"])
+        if found["type"] == "unexpected_keyword_argument":
+            known = [field.name for field in fields(kind)]
+            unknown = unknown_name("setting", str(found["loc"][-1]), known)
+            raise UserError(f"{key}: {unknown}") from None
+        raise UserError(f"{key}: {found['msg'].lower()}, got {found['input']!r}") from None
 
 
 def dtype_of(name: Dtype, device: torch.device) -> torch.dtype:

@@ -59,6 +59,26 @@ def score_images(options: argparse.Namespace) -> int:
     return int(bool(outcome.rejected))
 
 
+def serve_one(options: argparse.Namespace) -> int:
+    """Serve one reward until SIGINT or SIGTERM."""
+    from craftune.rewards.serve import serve
+
+    chosen = chosen_from(options.reward, options.set)
+    reward = rewards.load(chosen.names[0], chosen.device, chosen.settings)
+    server = serve(reward, options.host, options.port)
+    address = f"http://{options.host}:{server.server_port}"
+    print(f"{reward.name} on {chosen.device} at {address}; Ctrl-C ends it", flush=True)
+    if not options.host.startswith("127.") and options.host != "localhost":
+        print("whoever reaches this address can use it: there is no password", file=sys.stderr)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.server_close()
+    return 0
+
+
 def refuse_options_of_images(options: argparse.Namespace) -> None:
     """With a recipe, these say nothing.
 

@@ -63,6 +63,34 @@ def test_a_function_is_named_by_its_path_and_its_source(
     assert load(f"{name}:f") is reward
 
 
+@pytest.mark.parametrize(
+    ("parameters", "body", "uses_prompt"),
+    [
+        ("images, prompts", "[red(i) + len(p) for i, p in zip(images, prompts)]", True),
+        ("image, prompt", "red(image) + len(prompt)", True),
+        ("image, prompt, scale=1.0, *rest", "np.float64(scale * red(image) + len(prompt))", True),
+        ("image, prompt, /", "torch.tensor(red(image) + len(prompt))", True),
+        ("images", "[red(i) + 1 for i in images]", False),
+        ("image", "red(image) + 1", False),
+    ],
+)
+def test_the_parameters_names_say_how_it_is_called(
+    module: Callable[[str], str], parameters: str, body: str, uses_prompt: bool
+) -> None:
+    start = "import numpy as np, torch\ndef red(i):\n    return i.getpixel((0, 0))[0]\n"
+    name = module(f"{start}def f({parameters}):\n    return {body}\n")
+    reward = from_import_path(f"{name}:f")
+    assert reward.uses_prompt == uses_prompt
+    assert reward.score(IMAGES, TEXTS).tolist() == [11, 21, 31]
+    assert reward.score(IMAGES[:1], TEXTS[:1]).tolist() == [11]
+    assert reward.score(IMAGES, TEXTS).dtype == torch.float32
+
+
+def test_an_object_that_can_be_called(module: Callable[[str], str]) -> None:
+    name = module("class F:\n    def __call__(self, image, prompt):\n        return 4\nf = F()\n")
+    assert from_import_path(f"{name}:f").score(IMAGES, TEXTS).tolist() == [4, 4, 4]
+
+
 FACTORY = """
 from craftune.types import Reward
 import torch
@@ -110,7 +138,32 @@ def test_a_module_in_a_package(
         ("def f(images, prompts):\n    return 'x'\n", "returned str; it must return one number"),
         ("def f(images, prompts):\n    return None\n", "returned NoneType"),
         ("def f(images, prompts):\n    return images[9]\n", r"IndexError.*\(in f, .*py, line 2\)"),
-        ("def f(images):\n    return [1]\n", "TypeError"),
+        ("def f(image):\n    return 'x'\n", "TypeError: returned str for one image, not a number"),
+        ("def f(image):\n    return [1.0]\n", "TypeError"),
+        ("import torch\ndef f(image):\n    return torch.ones(1)\n", "returned Tensor for one im"),
+        ("def f(image, prompt):\n    return None\n", "TypeError"),
+        (
+            "def f(image, prompt):\n    return len(prompt) / 0\n",
+            "ZeroDivisionError.*in f, .*line 2",
+        ),
+        *(
+            (
+                f"def f({names}):\n    return 1\n",
+                r"its parameters are \(.*; name them \(images, pro",
+            )
+            for names in (
+                "img, text",
+                "prompts, images",
+                "images, prompt",
+                "image, prompts",
+                "images, prompts, scale",
+                "*images",
+                "*, images, prompts",
+                "**anything",
+                "prompt",
+                "image, images",
+            )
+        ),
         ("def f(images, prompts):\n    raise KeyError\n", "failed on 3 images: KeyError"),
     ],
 )
@@ -145,6 +198,11 @@ def test_memory_that_is_not_enough_is_no_fault_of_the_reward(
         (["shapes-hh"], "score.rewards: unknown reward 'shapes-hh'; did you mean 'shapes-h'"),
         (["zzz"], 'unknown reward .*or give "package.module:function"'),
         (["shapes-h", "shapes-h"], "score.rewards: 'shapes-h' is listed twice"),
+        (["ftp://host/x"], "score.rewards: 'ftp://host/x' is no address of a reward; write http"),
+        (["http://"], "no address of a reward"),
+        (["http://host:no"], "no address of a reward"),
+        (["http://me:secret@host"], "without user, password or query"),
+        (["http://host/?a=1"], "no address of a reward"),
         (["no.module:f"], "score.rewards, reward 'no.module:f': cannot import 'no.module'"),
     ],
 )
