@@ -67,9 +67,12 @@ def warm() -> None:
     torch.set_num_threads(1)
     for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "UNet2DConditionModel"):
         getattr(diffusers, name)
-    for name in ("StableDiffusionPipeline", "AutoencoderKL", "AutoencoderTiny"):
+    for name in ("AutoencoderKL", "AutoencoderTiny", "UniPCMultistepScheduler"):
         getattr(diffusers, name)
-    transformers.CLIPTextModel  # noqa: B018
+    for name in ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline"):
+        getattr(diffusers, name)
+    for name in ("CLIPModel", "T5EncoderModel", "AutoModelForCausalLM", "GenerationConfig"):
+        getattr(transformers, name)
 
 
 def caught_by(mistake: Mistake | None, tests: str, log: Path) -> list[str]:
@@ -77,7 +80,7 @@ def caught_by(mistake: Mistake | None, tests: str, log: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         for part in ("craftune", "tests"):
-            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / part, copy / part)  # with its bytecode: times stay the same
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mistake:
             path = copy / "craftune" / mistake.file

@@ -17,6 +17,7 @@ from craftune.costs import (
     Gpu,
     StageCost,
     costs,
+    example_flops,
     largest_micro_batch,
     training_memory,
 )
@@ -104,6 +105,33 @@ def test_a_frozen_base_in_half_the_bytes() -> None:
     found = [training_memory(config, figures, 1, dtype) for dtype in ("float32", "bfloat16")]
     assert found[0] - RESERVED == (4 + 2) * 1000 + 16 * 10
     assert found[1] - RESERVED == 2 * 1110 == max(2 * 1110, 2 * 1000 + 16 * 10)
+
+
+def test_what_adapters_recomputing_and_other_optimizers_cost_by_hand() -> None:
+    lora = dataclasses.replace(PLAIN, lora=LoraConfig(rank=4))
+    again = dataclasses.replace(PLAIN, gradient_checkpointing=True)
+    transformer = dataclasses.replace(FIGURES, denoiser="transformer")
+    assert example_flops(PLAIN, FIGURES) == 7 * 3
+    assert example_flops(lora, FIGURES) == pytest.approx(7 * 2.1)
+    assert example_flops(again, FIGURES) == pytest.approx(7 * 3.75)
+    assert example_flops(again, transformer) == 7 * 4
+    kept = 2 * 10 * GIB  # float32, and as much again for the block that is recomputed
+    assert training_memory(again, FIGURES, 3) == 16 * 1000 + 3 * 2 * kept + RESERVED
+    for name, state in (("adamw8bit", 2), ("adafactor", 0.5)):
+        other = dataclasses.replace(PLAIN, optimizer=name)
+        assert training_memory(other, FIGURES, 1) == (8 + state) * 1000 + kept + RESERVED
+
+
+def test_memory_of_scoring_counts_each_reward_and_the_reserve_once(recipe: Recipe) -> None:
+    judged = dataclasses.replace(
+        recipe,
+        score=dataclasses.replace(recipe.score, rewards=("hpsv2.1", "aesthetic")),
+        evaluate=dataclasses.replace(recipe.evaluate, rewards=("pickscore",)),
+    )
+    found = by_name(judged)
+    assert found["score"].flops == 500 * (382e9 + 162e9)
+    assert found["score"].memory == 4 * (986e6 + 428e6) + RESERVED
+    assert found["evaluate"].memory == found["generate"].memory + 4 * (986e6 + 428e6 + 986e6)
 
 
 def test_the_whole_checkpoint_has_to_fit_while_it_loads() -> None:

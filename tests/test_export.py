@@ -6,7 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from craftune.cli import DTYPES, EXPORTS
 from craftune.errors import UserError
 from craftune.exporting import NOISE, VISIBLE, Check, export, formats, limit_of
 from craftune.exporting.hub import push
-from craftune.exporting.trained import read_lora, read_trained
+from craftune.exporting.trained import Trained, read_lora, read_trained
 from craftune.models import foreign
 from craftune.records import read_json, write_json
 
@@ -241,6 +242,17 @@ def test_a_single_file_holds_only_what_its_readers_assume(
     assert "--to diffusers" in complaint
     assert key in complaint or "SD1.x" in complaint or str(value) in complaint
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_in_several_files_are_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    write_json(tmp_path / "unet" / "config.json", {"sample_size": 8})
+    shards = {"1": {"a": torch.ones(2)}, "2": {"b": torch.zeros(3)}}
+    for number, weights in shards.items():
+        save_file(weights, tmp_path / "unet" / f"diffusion-0000{number}-of-00002.safetensors")
+    found, config = Trained.part(cast(Trained, SimpleNamespace(model=tmp_path)), "unet")
+    assert {name: tuple(weight.shape) for name, weight in found.items()} == {"a": (2,), "b": (3,)}
+    assert config == {"sample_size": 8}
 
 
 def test_what_is_no_run_is_named(whole: Tiny, tmp_path: Path) -> None:

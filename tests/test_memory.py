@@ -110,6 +110,14 @@ def test_on_the_cpu_what_is_kept_grows_linearly_and_less_when_recomputed(unet: A
     network.disable_gradient_checkpointing()
 
 
+def test_each_tensor_that_is_kept_counts_once_and_the_pass_as_much_again() -> None:
+    def attempt(n: int) -> None:
+        x = torch.randn(n, 1000, requires_grad=True)
+        (x * x + x.square()).sum().backward()
+
+    assert peak(attempt, 3) == 2 * 3 * 4000
+
+
 def settled(unet: Any, room_for: int, batch_size: int = 32, **settings: Any) -> Fit:
     """With so much memory that just so many examples fit without recomputing."""
     network, attempt = unet

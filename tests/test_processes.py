@@ -109,6 +109,27 @@ def test_the_parts_of_a_batch_make_it_up(size: int, count: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_sums_are_of_every_tensor_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one that adds twice what this process has, in buckets that hold about three numbers."""
+    summed = []
+
+    def reduce(self: Processes, tensor: Tensor) -> None:
+        summed.append(len(tensor))
+        tensor.mul_(3)
+
+    monkeypatch.setattr(Processes, "_all_reduce", reduce)
+    monkeypatch.setattr(module, "BUCKET", 3)
+    one = Processes(0, 2)
+    tensors = [torch.ones(shape) * (i + 1) for i, shape in enumerate([2, (2, 2), 1, 1, (3, 1), 1])]
+    wanted = [3 * tensor for tensor in tensors]
+    one.add_up(tensors)
+    assert all(torch.equal(*pair) for pair in zip(tensors, wanted, strict=True))
+    assert summed == [6, 5, 1]
+    assert one.totals({"a": 0.1, "b": -1.0}) == {"a": 3 * 0.1, "b": -3.0}
+    monkeypatch.setattr(Processes, "_all_reduce", lambda self, tensor: None)
+    assert (one.any(True), one.any(False)) == (True, False)
+
+
 def test_the_main_process_waits_for_the_work_of_all(tmp_path: Path) -> None:
     made = tmp_path / "late"
 
@@ -116,7 +137,7 @@ def test_the_main_process_waits_for_the_work_of_all(tmp_path: Path) -> None:
         if not one.main:
             time.sleep(0.05)
             made.touch()
-        one.settle([made])
+        one.settle()
         return made.exists()
 
     assert together(2, work) == [True, True]

@@ -4,13 +4,15 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 from toy import ToyDenoiser, flat_grad, toy, toy_cond, toy_examples
 
 from craftune import training
@@ -18,9 +20,10 @@ from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
 from craftune.methods.denoising import squared_error
+from craftune.processes import Processes
 from craftune.seeds import stream
 from craftune.training import train
-from craftune.training_state import Trainable, latest, prune, save
+from craftune.training_state import Average, Trainable, latest, prune, save, stop_requests
 from craftune.types import Cond, Examples
 
 CONFIG = TrainConfig(
@@ -375,6 +378,45 @@ def test_saving_twice_replaces(tmp_path: Path) -> None:
     assert latest(tmp_path, {"network": Trainable(policy.network)}) == 3
 
 
+# --- signals -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """Signals that reach the handlers from before, which do not raise."""
+    found: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda n, _: found.append(n)) for number in numbers]
+    yield found
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def work(heard: list[int], *signals: int) -> None:
+    """Work that gets these signals and then is done, which counts as 0."""
+    with stop_requests():
+        for number in signals:
+            signal.raise_signal(number)
+        heard.append(0)
+
+
+def test_a_signal_takes_effect_in_the_end_and_the_second_at_once(heard: list[int]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        work(heard, signal.SIGTERM)
+    assert heard == [0, signal.SIGTERM]
+    heard.clear()
+    with pytest.raises(KeyboardInterrupt):
+        work(heard, signal.SIGINT, signal.SIGTERM)
+    assert heard == [signal.SIGTERM, 0, signal.SIGINT]
+
+
+def test_an_ignored_signal_stays_ignored(heard: list[int]) -> None:
+    """nohup ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    work(heard, signal.SIGINT)
+    assert heard == [0]
+
+
 # --- what is not finite ----------------------------------------------------------------------
 
 
@@ -446,6 +488,25 @@ def test_a_checkpoint_of_another_network_is_not_taken(tmp_path: Path) -> None:
     save(tmp_path / "checkpoint-3", 3, {"network": Trainable(toy(width=8).network)})
     with pytest.raises((AssertionError, RuntimeError)):
         latest(tmp_path, {"network": Trainable(toy().network)})
+
+
+def test_a_checkpoint_of_other_weights_is_not_taken(tmp_path: Path) -> None:
+    """As when adapters were trained before, and now all weights are."""
+    part = toy().network
+    part.layers.requires_grad_(False)
+    whole = toy().network
+    for of in (Trainable, lambda network: Average.of(network, 0.5)):
+        save(tmp_path / "checkpoint-3", 3, {"it": of(part)})
+        with pytest.raises(AssertionError, match="another network"):
+            latest(tmp_path, {"it": of(whole)})
+
+
+def test_processes_that_see_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    """The main process goes on from step 2, this one from the start."""
+    store = HashStore()
+    store.set("0/told", "2")
+    with pytest.raises(UserError, match="not all processes see the same checkpoints"):
+        train(SFT(), toy(), None, feed, CONFIG, 0, tmp_path, Processes(1, 2, 1, store))
 
 
 def test_the_loop_hands_the_method_the_reference(tmp_path: Path) -> None:

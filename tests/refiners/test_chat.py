@@ -52,6 +52,16 @@ def test_the_model_is_told_number_words_and_prompt() -> None:
     assert asked[0].text.endswith("Prompt: a {n} cat")
 
 
+def test_a_long_prompt_may_have_rewrites_as_long() -> None:
+    asked: list[Request] = []
+    long = Ask("l", "a small red house beside the sea", "l")
+    found = answers(
+        scripted(lambda r, k: "1 2 3 4 5 6 7\n1 2 3 4 5 6 7 8", asked), long, max_words=3
+    )
+    assert "at most 7 words" in asked[0].text
+    assert found["l"].refined == ("1 2 3 4 5 6 7",)
+
+
 def test_what_is_missing_is_asked_again_with_another_seed() -> None:
     asked: list[Request] = []
 

@@ -269,3 +269,5 @@ def test_texts_are_encoded_once() -> None:
     embeddings(["ccc"])
     assert asked[-1] == "ccc"
     assert len(asked) == 4
+    many = [n * "x" for n in range(70)]
+    assert text.remembered(encode)(many).flatten().tolist() == list(range(70))

@@ -34,7 +34,7 @@ from craftune.images import decode, encode_png
 from craftune.records import CANDIDATE, read_table, write_table
 from craftune.rewards import REWARDS, clip, preprocess, text
 from craftune.rewards.published import Published
-from craftune.rewards.weights import digest
+from craftune.rewards.weights import digest, parts
 from craftune.stages.score import score
 
 PUBLISHED = sorted(name for name, entry in REWARDS.items() if isinstance(entry, Published))
@@ -350,6 +350,22 @@ def test_a_tensor_too_many_or_of_another_shape(tmp_path: Path) -> None:
     wrong = {"visual_projection.weight": torch.ones(3, 3)}
     save_file(weights | wrong, path)
     assert "has shape (3, 3), expected (32, 64)" in complaint("clipscore", settings)
+
+
+def test_weights_in_several_files_are_all_read_and_count(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    names = {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}
+    index.write_text(json.dumps({"weight_map": names}))
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    one.write_text("1")
+    with pytest.raises(UserError, match=r"the folder holds no two\.safetensors"):
+        parts(index, str(tmp_path), "key")
+    two.write_text("2")
+    assert parts(index, str(tmp_path), "key") == [one, two]
+    assert parts(one, str(tmp_path), "key") == [one]
+    both = digest({"weights 0": one, "weights 1": two})
+    two.write_text("changed")
+    assert digest({"weights 0": one, "weights 1": two}) not in (both, digest({"weights 0": one}))
 
 
 @pytest.mark.parametrize(

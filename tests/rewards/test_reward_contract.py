@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from craftune.images import to_tensor
 from craftune.records import canonical
 from craftune.rewards import REWARDS
+from craftune.rewards.network import in_parts
 from craftune.types import Reward
 
 PROMPTS = [
@@ -121,6 +122,22 @@ def test_more_images_than_fit_one_batch(reward: Reward) -> None:
     check(values, n)
     alone = reward.score(pictures(n)[69:], PROMPTS[4:])
     torch.testing.assert_close(values[69:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_get_smaller_where_the_memory_is_too_small() -> None:
+    tried: list[int] = []
+
+    def part(start: int, stop: int, holds: int = 2) -> torch.Tensor:
+        tried.append(stop - start)
+        if stop - start > holds:
+            raise torch.OutOfMemoryError
+        return torch.arange(start, stop)
+
+    assert in_parts(part, 7, 5).tolist() == list(range(7))
+    assert tried == [5, 2, 2, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(lambda start, stop: part(start, stop, 0), 7, 5)
+    assert len(in_parts(part, 0, 5)) == 0
 
 
 @pytest.mark.parametrize("kind", odd_pictures())

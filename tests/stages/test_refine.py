@@ -50,6 +50,13 @@ def test_the_rewrites_of_a_prompt_depend_on_seed_and_prompt_alone(tmp_path: Path
     assert run(tmp_path, seed=1)[1] != run(tmp_path)[1]
 
 
+def test_each_prompt_has_a_random_stream_of_its_own(
+    tmp_path: Path, mine: Callable[[Any], str]
+) -> None:
+    _, rows = run(tmp_path, by=mine(lambda p, n, rng: [str(rng.random()) for _ in range(n)]))
+    assert len({row.refined for row in rows}) == len(rows) == 3 * 4
+
+
 def test_rewrites_equal_to_the_prompt_are_counted(tmp_path: Path) -> None:
     assert run(tmp_path, by="none", variants=2)[0]["equal to the prompt"] == 6
 
