@@ -153,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     which = explain.add_mutually_exclusive_group()
     which.add_argument("--candidate", help="its id, <prompt id>-<variant>-<sample>")
     which.add_argument("--prompt", help="a prompt's id or text")
+    verify = commands.add_parser(
+        "verify-reward", help="compare a reward's scores with published or given ones"
+    )
+    verify.add_argument("name", help="see craftune list rewards")
+    verify.add_argument("--golden", type=Path, metavar="FILE", help="JSON; see docs/rewards.md")
+    verify.add_argument("--images", type=Path, metavar="FOLDER", help="where the images lie")
+    _add_set(verify)
     _add_export(commands.add_parser("export", help="hand the tuned model on in another format"))
     _add_serve(commands.add_parser("serve-reward", help="one reward behind an HTTP address"))
     names = commands.add_parser("list", help="the names and settings that recipes may use")

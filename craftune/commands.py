@@ -15,6 +15,7 @@ from craftune.processes import ALONE, Processes, joined
 from craftune.recipes import load_recipe
 from craftune.records import read_json
 from craftune.runs import stage_folder
+from craftune.scoring.verify import verify_reward
 from craftune.selection import NothingSelected, SelectConfig, select
 from craftune.stages.select import Pool, load_pool
 
@@ -180,6 +181,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": explain,
     "export": export,
     "serve-reward": serve_reward,
+    "verify-reward": verify_reward,
     "list": list_names,
 }
 """Name on the command line -> what it does; the stages' own commands are `run` of one stage."""

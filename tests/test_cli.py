@@ -26,7 +26,18 @@ from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
 from craftune.runs import Stage
 
-COMMANDS = ("run", *STAGES, "check", "plan", "doctor", "explain", "export", "serve-reward", "list")
+COMMANDS = (
+    "run",
+    *STAGES,
+    "check",
+    "plan",
+    "doctor",
+    "explain",
+    "verify-reward",
+    "export",
+    "serve-reward",
+    "list",
+)
 
 
 @pytest.fixture(scope="module")
