@@ -27,7 +27,14 @@ ONLY_IN = {
     "torch.distributed": ["craftune.processes"],
     "peft": ["craftune.adapters", "craftune.models", "craftune.training*"],
     # nothing in the pipeline knows the world: it enters by the two tables
-    "craftune.shapes": ["craftune.shapes", "craftune.rewards=", "craftune.refiners="],
+    "craftune.shapes": [
+        "craftune.shapes",
+        "craftune.rewards=",
+        "craftune.refiners=",
+        "craftune.studies",
+    ],
+    "craftune.studies": ["craftune.studies"],
+    "rdkit": ["craftune.studies.smiles"],
 }
 
 # module -> what it never imports
@@ -41,6 +48,8 @@ NEVER = {
     "craftune.sampling": BELOW,
     "craftune.types": BELOW,
     "craftune.statistics": BELOW,
+    "craftune.noise": [*BELOW, "pathlib"],
+    "craftune.rows": BELOW,
 }
 
 

@@ -1,0 +1,1 @@
+"""Small studies on the one loop: unconditional pictures, layouts, molecules. Minutes on a CPU."""

@@ -1,0 +1,50 @@
+"""What the studies share: the loop's settings, and means over seeds with their intervals."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from craftune.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds and its 95 % interval by Student's t; NaN with one seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        """Of one number per seed."""
+        from scipy.stats import t
+
+        mean, n = statistics.fmean(values), len(values)
+        if n == 1:
+            return Spread(mean, float("nan"), float("nan"), 1)
+        half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5
+        return Spread(mean, mean - half, mean + half, n)
+
+
+def spreads(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """One row per seed, name -> number, to name -> `Spread` as a dict."""
+    return {name: asdict(Spread.of([row[name] for row in rows])) for name in rows[0]}
+
+
+def loop(steps: int, learning_rate: float, batch_size: int = 64) -> TrainConfig:
+    """The loop's settings for a network that fits anywhere: linear decay, averaged weights."""
+    return TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch=batch_size,
+        learning_rate=learning_rate,
+        lr_schedule="linear",
+        warmup_steps=min(50, steps // 4),
+        weight_decay=0.0,
+        ema_decay=0.99,
+        save_every=steps,
+        gradient_checkpointing=False,
+    )
