@@ -96,6 +96,24 @@ def require_variance(name: str, scores: Block, usable: Mask) -> None:
         )
 
 
+def require_variance_within(name: str, scores: Block, usable: Mask) -> None:
+    """Refuse, for the scale "group", a reward whose scores differ between groups alone.
+
+    Raises:
+        ValueError: names the reward.
+    """
+    for part in blocks(len(scores), 65536):
+        here = usable[part]
+        high = np.where(here, scores[part], -np.inf).max(axis=-1)
+        low = np.where(here, scores[part], np.inf).min(axis=-1)
+        if (high > low).any():
+            return
+    raise ValueError(
+        f"reward {name!r} has zero variance within every group, so under select.scale 'group' it "
+        f"says nothing: check it, choose another scale, or take it out of select.weights"
+    )
+
+
 def _range(scores: Block, usable: Mask) -> tuple[float, float]:
     ends = [(float(chunk.min()), float(chunk.max())) for chunk in _chunks(scores, usable)]
     return min(low for low, _ in ends), max(high for _, high in ends)

@@ -24,7 +24,17 @@ from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from craftune.scales import Block, Map, Mask, advantages, blocks, require_variance, spread, to_scale
+from craftune.scales import (
+    Block,
+    Map,
+    Mask,
+    advantages,
+    blocks,
+    require_variance,
+    require_variance_within,
+    spread,
+    to_scale,
+)
 
 FILTERS: dict[str, tuple[str, ...]] = {
     "I_h": ("h",),
@@ -196,6 +206,8 @@ def select(
         )
     for row in {*rows, *weights}:
         require_variance(names[row], scores[row], usable)
+    for row in weights if config.scale == "group" else ():
+        require_variance_within(names[row], scores[row], usable)
     scales = _statistics(config, names, scores, usable, weights)
     maps = {
         row: to_scale(config.scale, scores[row], usable, scales.get(names[row]), config.epsilon)

@@ -677,3 +677,19 @@ def test_explain_shows_scores_beside_the_baseline():
         explain(found, config, 2)
     with pytest.raises(ValueError, match="no candidate"):
         explain(found, config, 0, 3)
+
+
+def test_a_reward_that_tells_only_prompts_apart_is_refused_by_group_scale():
+    """Its z-score within each group is 0: it would be in the weights and say nothing."""
+    scores = np.random.default_rng(0).normal(size=(2, 6, 4))
+    scores[1] = np.arange(6)[:, None]
+    options = {"filter": ("h",), "weights": {"h": 0.5, "p": 0.5}}
+    with pytest.raises(ValueError, match=r"'p' has zero variance within every group, .*'group'"):
+        select(SelectConfig(**options, scale="group"), ("h", "p"), scores)
+    assert select(SelectConfig(**options), ("h", "p"), scores).scales["p"][1] > 0
+    scores[1, 5, 3] += 1
+    assert select(SelectConfig(**options, scale="group"), ("h", "p"), scores).funnel["groups"] == 6
+    hole = np.ones((6, 4), bool)
+    hole[5, 3] = False
+    with pytest.raises(ValueError, match="within every group"):
+        select(SelectConfig(**options, scale="group"), ("h", "p"), scores, hole)

@@ -92,6 +92,7 @@ def choose(config: SelectConfig, pool: Path, scores: Path, out: Path) -> dict[st
         {
             "funnel": found.funnel,
             "keeps": found.keeps,
+            "scale": config.scale,
             "scales": {name: list(scale) for name, scale in found.scales.items()},
             "weights": {config.roles.get(k, k): w for k, w in config.weights.items()},
         },

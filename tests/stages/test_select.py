@@ -206,6 +206,7 @@ def test_the_statistics_are_written_beside_the_verdicts(tmp_path: Path) -> None:
     assert found["funnel"] == counts
     assert found["keeps"] == {"h": counts["groups_kept"]}
     assert found["weights"] == {"h": 0.4, "p": 0.4, "a": 0.2}
+    assert found["scale"] == "zscore"
     assert set(found["scales"]) == set(NAMES)
 
 
