@@ -11,6 +11,7 @@ from craftune.config import Recipe
 from craftune.errors import UserError, unknown_name
 from craftune.explain import explain as explain_cell
 from craftune.listing import list_names
+from craftune.models.files import loading_arguments
 from craftune.processes import ALONE, Processes, joined
 from craftune.recipes import load_recipe
 from craftune.records import read_json
@@ -40,7 +41,8 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
     print(found["conclusion"], *(f"  {line}" for line in found["headline"]), "", sep="\n")
     print(f"report: {report / 'report.html'}")
     print(f"model:  {model}")
-    print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{model}")')
+    arguments = f'"{model}"{loading_arguments(model)}'
+    print(f"load:   diffusers.DiffusionPipeline.from_pretrained({arguments})")
 
 
 def score(options: argparse.Namespace) -> int:

@@ -43,8 +43,8 @@ class ModelConfig:
     """Which checkpoint is aligned."""
 
     path: str
-    """A diffusers folder, a hub id, one .safetensors file with a whole checkpoint, or
-    "craftune:shapes/model" for the embedded model."""
+    """A diffusers folder, a hub id, one .safetensors file with a whole checkpoint (SD1.x, SD2.x or
+    SDXL), or "craftune:shapes/model" for the embedded model."""
     family: str = "auto"
     """A name of `craftune list families`; "auto" reads it from the checkpoint."""
     revision: str | None = None

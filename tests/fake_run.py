@@ -264,6 +264,8 @@ def _evaluation(fake: Fake, folder: Path, prompts: list[Prompt], model: str) -> 
 
 
 def _training(folder: Path, rng: np.random.Generator) -> None:
+    (folder / "model").mkdir(parents=True)
+    write_json(folder / "model" / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     lines = []
     for step in range(120):
         error = 0.12 + 0.06 * np.exp(-step / 30) + 0.01 * rng.normal()

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import Tiny, call, tiny
 from toy import random_checkpoint
+from toy_flow import flow_checkpoint
 from toy_xl import random_xl
 
+from craftune.errors import UserError
 from craftune.exporting import export, ldm
 from craftune.exporting.trained import read_lora
 from craftune.records import read_json
@@ -54,6 +56,21 @@ def test_sdxl_is_exported(to: str, xl: Tiny, tmp_path: Path) -> None:
         weights = load_file(out / "tiny.safetensors")
         assert "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_bias" in weights
         assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(("kind", "spec"), [("sd3", "stable-diffusion-3"), ("flux-dev", "flux-1-")])
+def test_flow_families_are_exported(kind: str, spec: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, flow_checkpoint(tmp_path / "base", kind)).run
+    for to in ("diffusers", "lora"):
+        out, check = export(run, to)
+        assert check.difference <= 1e-5
+        assert check.change > 0.01
+    _, metadata = read_lora(out / "pytorch_lora_weights.safetensors")
+    assert metadata["modelspec.architecture"].startswith(spec)
+    assert metadata["modelspec.architecture"].endswith("/lora")
+    for to, said in (("kohya", "use --to lora"), ("single-file", "use --to diffusers")):
+        with pytest.raises(UserError, match=said):
+            export(run, to)
 
 
 def test_a_base_that_is_one_file(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """The whole pipeline by its command line on SD3 and FLUX.1, and what is theirs in its stages."""
 
+import contextlib
+import html
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ def run(folder: Path, kind: str, *overrides: str) -> Tiny:
     settings = [f"model.path={kept_flow(kind)}", *overrides]
     answer = call(["run", made.recipe, *(a for s in settings for a in ("--set", s))], made.folder)
     assert answer.status == 0, answer.err
+    (folder / "stdout").write_text(answer.out)
     return made
 
 
@@ -39,6 +43,21 @@ def test_a_whole_run(tmp_path: Path, kind: str, scale: float, training: str) -> 
         pipe.load_lora_weights(job.stage("train") / "lora")
     report = read_json(job.stage("report") / "report.json")
     assert len(report["rewards"]) == 2
+
+
+def test_an_sd3_without_t5_is_loaded_by_the_lines_that_are_shown(tmp_path: Path) -> None:
+    settings = ("train.lora.rank=2", "train.learning_rate=0.03", "train.warmup_steps=0")
+    job = run(tmp_path, "sd3-no-t5", *settings)
+    out, _ = export(job.run, "diffusers")
+    page = html.unescape((job.stage("report") / "report.html").read_text())
+    (shown,) = re.findall(r"from_pretrained\((.*6-train/model.*)\)", page)
+    (told,) = re.findall(r"from_pretrained\((.*)\)", (job.folder / "stdout").read_text())
+    carded = re.findall(r"from_pretrained\((.*)\)", (out / "README.md").read_text())[0]
+    for arguments in (shown, told, carded.replace("path/to/this/folder", str(out))):
+        with contextlib.chdir(job.run):
+            pipe = eval(f"DiffusionPipeline.from_pretrained({arguments})", globals())
+        assert pipe.text_encoder_3 is None
+        assert pipe.transformer is not None
 
 
 def test_adapters_beside_bfloat16_go_through_the_whole_run_and_out(tmp_path: Path) -> None:

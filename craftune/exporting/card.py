@@ -8,6 +8,7 @@ from typing import Any
 import craftune
 from craftune.exporting.trained import Trained
 from craftune.models import EMBEDDED
+from craftune.models.files import loading_arguments
 from craftune.reporting import wording
 from craftune.reporting.summary import settings
 
@@ -120,8 +121,9 @@ def _base(run: Trained) -> str:
 def _loading(run: Trained, to: str, dtype: str) -> str:
     kind, name = PIPELINES[run.family], run.recipe.run.name
     start = "from_single_file" if run.base.is_file() else "from_pretrained"
-    base = f'{start}("{_base_name(run)}", dtype=torch.float16)'
-    precision = f"dtype=torch.{dtype}"
+    told = loading_arguments(run.model)
+    base = f'{start}("{_base_name(run)}", dtype=torch.float16{told})'
+    precision = f"dtype=torch.{dtype}{told}"
     code = {
         "diffusers": f'pipe = {kind}.from_pretrained("path/to/this/folder", {precision})',
         "single-file": f'pipe = {kind}.from_single_file("{name}.safetensors", {precision})',

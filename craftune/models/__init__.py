@@ -69,6 +69,13 @@ SINGLE_FILES = {
 }
 """What diffusers calls the kind of a single file, by its keys -> family."""
 
+FOLDERS_ONLY = {
+    **dict.fromkeys(("sd3", "sd35_medium", "sd35_large"), "SD3Transformer2DModel"),
+    **dict.fromkeys(("flux-dev", "flux-schnell"), "FluxTransformer2DModel"),
+}
+"""Kinds of single files that are not read: most hold the transformer alone, without text encoders
+and VAE -> diffusers' class that puts it into a folder."""
+
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a checkpoint that may be missing: rewards see every image."""
 
@@ -97,7 +104,16 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _family_in_keys(path: Path) -> tuple[str | None, str]:
-    kind = import_module("craftune.models.single_file").kind_of(path)
+    single_file = import_module("craftune.models.single_file")
+    kind = single_file.kind_of(path)
+    if kind in FOLDERS_ONLY:
+        whole = single_file.usual_settings(kind)
+        raise UserError(
+            f"{path}: a single file of kind {kind!r} is not read; set model.path to a diffusers "
+            f"folder or hub id like {whole!r}; of a file with the transformer alone, "
+            f"{FOLDERS_ONLY[kind]}.from_single_file(FILE).save_pretrained(FOLDER/transformer) "
+            "makes the folder's part"
+        )
     return SINGLE_FILES.get(kind), f"{path}: checkpoint of kind {kind!r}"
 
 

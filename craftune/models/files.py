@@ -9,6 +9,7 @@ from typing import Literal
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError
+from craftune.records import read_json
 
 EMBEDDED = "craftune:"
 """Prefix of files that ship inside the package, e.g. craftune:shapes/model."""
@@ -104,6 +105,16 @@ def has_variant(folder: Path, variant: str | None) -> bool:
     """Whether a part's weights are there in this variant."""
     marks = (f".{variant}.", f".{variant}-")
     return any(mark in file.name for file in folder.glob("*.safetensors") for mark in marks)
+
+
+def loading_arguments(folder: Path) -> str:
+    """What `from_pretrained` of this diffusers folder must be told beside it, as code.
+
+    An SD3 without T5 loads only when it is said that there is none.
+    """
+    index = read_json(folder / "model_index.json")
+    absent = [n for n in ("text_encoder_3", "tokenizer_3") if index.get(n) == [None, None]]
+    return "".join(f", {name}=None" for name in absent)
 
 
 def stored_dtype(path: Path) -> Literal["float32", "float16", "bfloat16"]:

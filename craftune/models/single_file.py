@@ -50,8 +50,7 @@ def settings_of(path: Path, config: ModelConfig) -> Path:
             "'stabilityai/stable-diffusion-2-1' (v) or 'stabilityai/stable-diffusion-2-1-base' "
             "(epsilon), or a folder like one of them"
         )
-    known = diffusers_rules.DIFFUSERS_DEFAULT_PIPELINE_PATHS
-    folder = settings_folder(config, known[kind]["pretrained_model_name_or_path"])
+    folder = settings_folder(config, usual_settings(kind))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     settings = read_json(scheduler) if scheduler.is_file() else {}
     for mark, setting, wanted in (
@@ -64,6 +63,11 @@ def settings_of(path: Path, config: ModelConfig) -> Path:
                 f"{settings.get(setting)!r}; set model.config to a folder with {wanted!r}"
             )
     return folder
+
+
+def usual_settings(kind: str) -> str:
+    """The hub id that diffusers names for a kind of file."""
+    return diffusers_rules.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
 
 
 def from_file(

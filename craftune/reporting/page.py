@@ -10,8 +10,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from craftune.models.files import loading_arguments
 from craftune.reporting import charts, comparison, diagrams, examples, wording
 from craftune.reporting.read import Run
+from craftune.runs import stage_folder
 
 HERE = Path(__file__).parent
 CURVES = ("loss", "error", "grad_norm")
@@ -64,6 +66,7 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
         few_prompts=wording.FEW_PROMPTS,
         example=next(t for t in run.evaluation.texts)[:200],
         costs=costs,
+        load=loading_arguments(stage_folder(run.folder, "train") / "model"),
         **_comparison(run, summary),
         **_pool(run, summary),
         curves=_curves(run, CURVES),

@@ -9,17 +9,25 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import call, tiny
 from toy import SD15_SCHEDULER, edit_weights, kept_checkpoint, kept_folder, load_sd, write_json
 from toy_ldm import single_file
+from toy_xl import kept_xl
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError
+from craftune.exporting import ldm
 from craftune.models import family_of, identity
+from craftune.records import read_json
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPTS = ["two red dogs", ""]
+XL_MARK = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+FLUX = "double_blocks.0.img_attn.norm.key_norm.scale"
+FLUX_DEV = "guidance_in.in_layer.bias"
+SD35 = "joint_blocks.37.x_block.mlp.fc1.weight"
+"""Of each kind the weight by which diffusers tells it."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,40 @@ def test_a_file_is_its_folder(file: Path, settings: Path, tmp_path: Path) -> Non
     assert_same_model(model, wanted)
     model.save(tmp_path / "saved", model.denoiser.network, torch.float32)
     assert_same_model(load_sd(tmp_path / "saved"), wanted)
+
+
+def test_an_sdxl_file_is_its_folder(tmp_path: Path) -> None:
+    """By a layer that the toy has not got, and diffusers ignores, it is told from others."""
+    folder, path = kept_xl(), tmp_path / "xl.safetensors"
+    weights = {XL_MARK: torch.zeros(1)}
+    for part, write in (("unet", ldm.unet_weights), ("vae", ldm.vae_weights)):
+        stored = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+        weights |= write(stored, read_json(folder / part / "config.json"))
+    weights |= ldm.clip_weights(load_file(folder / "text_encoder" / "model.safetensors"), "sdxl")
+    weights |= ldm.open_clip_weights(load_file(folder / "text_encoder_2" / "model.safetensors"))
+    save_file(weights, path)
+    config = ModelConfig(path=str(path), config=str(folder))
+    assert family_of(config) == "sdxl"
+    assert_same_model(load_sd(path, config=str(folder)), load_sd(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "hub"),
+    [
+        ("flux-schnell", {FLUX: (128,)}, "black-forest-labs/FLUX.1-schnell"),
+        ("flux-dev", {FLUX: (128,), FLUX_DEV: (8,), "img_in.weight": (8, 64)}, "FLUX.1-dev"),
+        ("sd35_large", {SD35: (2,)}, "stabilityai/stable-diffusion-3.5-large"),
+    ],
+)
+def test_files_of_flow_models_are_refused_with_what_to_give(
+    tmp_path: Path, kind: str, weights: dict[str, tuple[int, ...]], hub: str
+) -> None:
+    path = tmp_path / "flow.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in weights.items()}, path)
+    message = refusal(path)
+    assert f"kind {kind!r} is not read; set model.path to a diffusers folder" in message
+    assert hub in message
+    assert "Transformer2DModel.from_single_file(FILE).save_pretrained" in message
 
 
 def test_configs_come_from_the_hub_s_cache(file: Path, settings: Path, empty_cache: Path) -> None:
