@@ -21,7 +21,8 @@ class Figures:
         parameters: part -> number of weights.
         latent_numbers: of one image's latents.
         side: of the images, in pixels.
-        guidance_embedded: guidance is an input, so a step is one call.
+        guidance_embedded: guidance is an input, so a step is one call; without it, as in a
+            de-distilled FLUX.1-dev, one at scale 1 and else two.
         forward_flops: of one call of the denoiser.
         decode_flops: of the VAE.
         text_flops: of all text encoders, one prompt.

@@ -19,11 +19,17 @@ from craftune.config import LoraConfig
 from craftune.costs import Figures
 from craftune.errors import UserError
 from craftune.models.common import ATTENTION, quiet
+from craftune.models.flow import FEED_FORWARD, JOINT_ATTENTION
 from craftune.models.measure import measure
 from craftune.models.published import Parts
 from craftune.records import read_json
 
-DENOISERS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+LORA_TARGETS = {
+    "UNet2DConditionModel": ATTENTION,
+    "SD3Transformer2DModel": JOINT_ATTENTION,
+    "FluxTransformer2DModel": JOINT_ATTENTION + FEED_FORWARD,
+}
+"""Denoiser -> what its family adapts by default."""
 VAES = ("AutoencoderKL", "AutoencoderTiny")
 TEXT_ENCODERS = {
     "CLIPTextModel": "CLIPTextConfig",
@@ -65,7 +71,7 @@ def drawing(parts: Parts) -> Figures:
         parameters={key: _size(part.parameters()) for key, part in networks.items()},
         latent_numbers=math.prod(shape),
         side=decoded.side,
-        guidance_embedded=kind == "FluxTransformer2DModel",
+        guidance_embedded=bool(network.config.get("guidance_embeds", False)),
         forward_flops=drawn.flops,
         decode_flops=decoded.flops,
         text_flops=sum(
@@ -84,7 +90,8 @@ def training(parts: Parts, lora: LoraConfig, checkpointing: bool) -> dict[str, i
     name = _denoiser(parts)
     network = _build(name, parts[name]).train().requires_grad_(True)
     if lora.rank:
-        add_lora(network, lora, ATTENTION, seed=0)
+        add_lora(network, lora, LORA_TARGETS[parts[name]["_class_name"]], seed=0)
+        network.to(torch.bfloat16)  # as under autocast: the adapters' inputs are of 16 bit too
     if checkpointing:
         network.enable_gradient_checkpointing()
     inputs = _inputs(parts[name]["_class_name"], network.config, _latent_shape(parts))
@@ -134,13 +141,13 @@ def _build(name: str, config: dict[str, Any]) -> Any:
     kind = config["_class_name"]
     settings = {k: v for k, v in config.items() if not k.startswith("_")}
     with torch.device("meta"):
-        if kind in (*DENOISERS, *VAES):
+        if kind in (*LORA_TARGETS, *VAES):
             network = getattr(diffusers, kind).from_config(settings)
         elif kind in TEXT_ENCODERS:
             text_config = getattr(transformers, TEXT_ENCODERS[kind])(**settings)
             network = getattr(transformers, kind)(text_config)
         else:
-            known = ", ".join([*DENOISERS, *VAES, *TEXT_ENCODERS])
+            known = ", ".join([*LORA_TARGETS, *VAES, *TEXT_ENCODERS])
             raise UserError(f"{name}: a {kind!r} cannot be counted (known: {known})")
     return network.to(torch.bfloat16).requires_grad_(False).eval()
 

@@ -26,6 +26,8 @@ JOINT_ATTENTION = (
 )
 """LoRA's targets, of image and text, as in diffusers' train_dreambooth_lora_sd3.py."""
 
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+"""FLUX.1's beside attention, as in diffusers' train_dreambooth_lora_flux.py."""
 
 TEXTS = 16
 """Texts that T5 reads at once: its attention over 512 tokens of so many takes 1 GB in bfloat16."""

@@ -31,6 +31,7 @@ from craftune.models.common import (
     token_ids,
 )
 from craftune.models.flow import (
+    FEED_FORWARD,
     JOINT_ATTENTION,
     SAMPLERS,
     TEXTS,
@@ -44,9 +45,6 @@ from craftune.types import Cond, Guidance, Model
 USUAL_GUIDANCE = 3.5
 """Of a call that gives none: the default of FluxPipeline and of diffusers' own
 train_dreambooth_lora_flux.py. The stage `train` gives each example the scale it was drawn with."""
-
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-"""LoRA's targets beside attention, as in diffusers' train_dreambooth_lora_flux.py."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from toy import kept_checkpoint
+from toy import kept_checkpoint, load_sd
+from toy_flow import kept_flow
 
+from craftune.adapters import add_lora
 from craftune.config import LoraConfig, ModelConfig
 from craftune.costs import BACKWARD, RECOMPUTED, Figures, example_flops
 from craftune.errors import UserError
@@ -155,3 +157,21 @@ def test_examples_cost_their_share() -> None:
     checkpointed = TrainConfig(gradient_checkpointing=True)
     assert example_flops(checkpointed, found) == pytest.approx(25.443e12, rel=0.01)
     assert example_flops(checkpointed, table(FLUX)) == pytest.approx(297.5e12, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "embedded"), [("flux-dev", True), ("flux-schnell", False)])
+def test_flux_without_embedded_guidance_has_two_calls_unless_its_scale_is_1(
+    kind: str, embedded: bool
+) -> None:
+    """schnell takes no scale but 1; a de-distilled dev has the same network and takes any."""
+    found = drawing(configs(kept_flow(kind)))
+    assert found.guidance_embedded == embedded
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
+def test_adapters_are_counted_where_the_family_puts_them(kind: str) -> None:
+    lora = LoraConfig(rank=2)
+    model = load_sd(kept_flow(kind))
+    add_lora(model.denoiser.network, lora, model.lora_targets, 0)
+    trained = sum(p.numel() for p in model.denoiser.network.parameters() if p.requires_grad)
+    assert training(configs(kept_flow(kind)), lora, False)["trained"] == trained
