@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from craftune import methods
-from craftune.models.published import PUBLISHED
+from craftune.costs import GIB, GPUS, costs
+from craftune.models.published import PUBLISHED, published
 from craftune.recipes import load_recipe
 from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
@@ -52,3 +53,18 @@ def test_the_paper_s_numbers(name: str, steps: int) -> None:
     train = recipe.train
     assert (train.steps, train.batch_size, train.learning_rate) == (steps, 128, 5e-5)
     assert train.lora.rank == 0
+
+
+@pytest.mark.parametrize(("name", "scale"), [("craft-sd35-lora", 4.5), ("craft-flux-lora", 3.5)])
+def test_flow_models_train_adapters_beside_weights_as_published(name: str, scale: float) -> None:
+    """In bfloat16 from drawing to saving, drawn by the family's own sampler and usual scale."""
+    recipe = load_recipe(RECIPES[0].with_name(f"{name}.toml"))
+    assert recipe.train.lora.rank > 0
+    assert {recipe.model.dtype, recipe.training_dtype, recipe.train.save_dtype} == {"bfloat16"}
+    assert recipe.generate.sampler == "auto"
+    assert recipe.generate.guidance_scale == scale
+    assert (recipe.train.prompt_dropout > 0) == (name == "craft-sd35-lora")
+    counted = published(recipe.model.path, recipe.train.lora, True)
+    assert counted is not None
+    needed = max(cost.memory for cost in costs(recipe, counted, 2000, 500))
+    assert needed < GPUS["L40S"].memory * GIB  # as the header says
