@@ -36,7 +36,7 @@ ARMS: dict[str, list[str]] = {
     "all": ALL,
     "all, sft": [*ALL, "method.name=sft", "method.settings={}"],
     "all, placebo": [*ALL, "select.placebo=true"],
-    "all, clip": [*ALL, "method.settings.negatives=clip"],
+    "all, clip": [*ALL, "method.settings.negatives=clip", "method.settings.guard=1e9"],
     "all, keep": [*ALL, "method.settings.negatives=keep", "method.settings.guard=1e9"],
     "all, anchor": [*ALL, "method.settings.negatives=anchor"],
     "all, anchor 0.3": [
