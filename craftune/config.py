@@ -168,8 +168,9 @@ class GenerateConfig:
 class ScoreConfig:
     """Which rewards look at every candidate."""
 
-    rewards: tuple[str, ...]
-    """Names of `craftune list rewards`, or "package.module:function"."""
+    rewards: tuple[str, ...] = ()
+    """Names of `craftune list rewards`, or "package.module:function". At least one where the
+    method needs a pool; without a pool they are only compared on."""
     batch_size: Count = 64
     """Images per call of a reward."""
 
@@ -219,7 +220,8 @@ class TrainConfig:
     """Gradients are scaled down to this L2 norm."""
     prompt_dropout: Share = 0.1
     """Share of examples trained on the empty prompt, which keeps guidance working. None are where
-    guidance is not classifier-free (FLUX.1): no empty prompt is ever drawn with."""
+    guidance is not classifier-free (FLUX.1): no empty prompt is ever drawn with; and none for
+    methods that draw their own images, whose gradient passes through both branches."""
     ema_decay: Share = 0.0
     """Decay per update of the averaged weights that are saved; 0 saves the last weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -286,8 +288,8 @@ class Recipe:
     run: RunConfig
     model: ModelConfig
     prompts: PromptsConfig
-    score: ScoreConfig
-    select: SelectConfig
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

@@ -135,6 +135,9 @@ class Grid:
         if not self.alphas.shape == self.sigmas.shape == (len(self.timesteps), 2):
             raise ValueError("a grid has two levels per network call: its start and its end")
 
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
     @staticmethod
     def chain(
         timesteps: Num[Tensor, " steps"],
@@ -144,3 +147,17 @@ class Grid:
         """Each step ends where the next one starts: one level more than network calls."""
         pairs = [torch.stack([levels[:-1], levels[1:]], 1) for levels in (alphas, sigmas)]
         return Grid(timesteps, *pairs)
+
+    def tail(self, n: int) -> "Grid":
+        """The last n steps."""
+        return Grid(self.timesteps[-n:], self.alphas[-n:], self.sigmas[-n:])
+
+    def jump(self, step: int) -> "Grid":
+        """The steps up to this one (counted from 0), which goes straight to the clean latents.
+
+        DDIM's and Euler's step to there is the predicted x_0 itself; so is the last step of the
+        samplers of second order.
+        """
+        alphas, sigmas = self.alphas[: step + 1].clone(), self.sigmas[: step + 1].clone()
+        alphas[-1, 1], sigmas[-1, 1] = 1.0, 0.0
+        return Grid(self.timesteps[: step + 1], alphas, sigmas)

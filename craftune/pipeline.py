@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from craftune import methods, models, optimizers, refiners, rewards
 from craftune.config import Recipe
-from craftune.errors import UserError
+from craftune.errors import UserError, unknown_name
 from craftune.hub_prompts import on_hub, parse
 from craftune.plan import stages
 from craftune.processes import ALONE, Processes
@@ -60,9 +60,12 @@ def check(recipe: Recipe, processes: Processes = ALONE) -> None:
     rewards.check_names(recipe.evaluate.rewards, "evaluate.rewards")
     rewards.check_settings(recipe.reward)
     refiners.check(recipe.refine)
-    methods.build(recipe.method.name, recipe.method.settings)
+    method = methods.build(recipe.method.name, recipe.method.settings)
     optimizers.check_installed(recipe.train.optimizer)
-    _check_selection(recipe)
+    if method.fed_with == "examples":
+        _check_selection(recipe)
+    else:
+        _check_objective(method, recipe)
     for section in ("prompts", "refine", "evaluate"):
         source = getattr(recipe, section).source
         if on_hub(source) and section != "refine":
@@ -96,6 +99,18 @@ def _check_selection(recipe: Recipe) -> None:
         pass  # what a real pool holds is not known yet
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check_objective(method: methods.FromPrompts, recipe: Recipe) -> None:
+    """The rewards that the method maximises: known, differentiable, scaled by their names."""
+    key = "method.settings.rewards"
+    rewards.check_names(method.rewards, key)
+    rewards.made_from(method.rewards, recipe.reward)
+    rewards.check_gradients(method.rewards, key)
+    for name in method.scales:
+        if name not in method.rewards:
+            unknown = unknown_name("reward", name, method.rewards)
+            raise UserError(f"method.settings.scales: {unknown}")
 
 
 def device_of(recipe: Recipe, processes: Processes = ALONE) -> torch.device:
@@ -155,6 +170,12 @@ def run(
         where = f"{processes.count} x {device.type}" if processes.count > 1 else str(device)
         print(f"{folder}: {recipe.model.path} on {where}", file=sys.stderr, flush=True)
         planned = stages(recipe, folder, device, processes)
+        names = [stage.name for stage in planned]
+        for wanted in {only, again} - {None, *names}:
+            raise UserError(
+                f"stage {wanted!r}: method {recipe.method.name!r} does without it; its stages are "
+                f"{', '.join(names)}"
+            )
         if processes.main:
             _prepare(recipe, folder, planned, again)
         for stage in planned:
@@ -165,7 +186,9 @@ def run(
 
 def _prepare(recipe: Recipe, folder: Path, planned: list[Stage], again: str | None) -> None:
     """Refuse settings that differ from the folder's; throw away what is made again."""
-    for stage in planned[: STAGES.index(again) if again else None]:
+    for stage in planned:
+        if stage.name == again:
+            break
         refuse_change(folder, stage)
     if again:
         redo(folder, again)

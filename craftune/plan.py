@@ -1,8 +1,8 @@
-"""What each stage is made from, and what it does: the recipe as eight `runs.Stage`."""
+"""What each stage is made from, and what it does: the recipe as up to eight `runs.Stage`."""
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from craftune.models.files import checkpoint, stored_dtype
 from craftune.plugins import source_sha256
 from craftune.processes import ALONE, Processes
 from craftune.records import canonical, sha256
-from craftune.runs import STAGES, Stage, stage_folder
+from craftune.runs import NEEDS, STAGES, Stage, stage_folder
 from craftune.stages.evaluate import evaluate
 from craftune.stages.generate import generate
+from craftune.stages.prompt_feed import prompt_feed
 from craftune.stages.prompts import prompts
 from craftune.stages.refine import refine
 from craftune.stages.report import report
 from craftune.stages.score import score
 from craftune.stages.select import choose
-from craftune.stages.train import train
+from craftune.stages.train import Feed, example_feed, train
 from craftune.types import Model, Reward
+
+NOT_DRAWING = ("batch_size", "seeds_per_variant", "shard_size", "keep_latents")
+"""Keys of [generate] that say nothing of how a picture is drawn."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class _Plan:
     """
 
     recipe: Recipe
+    method: methods.FromExamples | methods.FromPrompts
     settings: Mapping[str, Any]
     at: Mapping[str, Path]
     device: torch.device
@@ -74,13 +79,14 @@ class _Plan:
 def stages(
     recipe: Recipe, folder: Path, device: torch.device, processes: Processes = ALONE
 ) -> list[Stage]:
-    """The stages in order, not yet run."""
+    """The stages that the method needs, in order, not yet run."""
     settings = asdict(recipe)
     # Reads every weight, so once is enough.
     identity = processes.told(lambda: models.identity(recipe.model))
     weights = hashlib.sha256(canonical(identity).encode()).hexdigest()
     plan = _Plan(
         recipe,
+        methods.build(recipe.method.name, recipe.method.settings),
         settings,
         {name: stage_folder(folder, name) for name in STAGES},
         device,
@@ -90,7 +96,8 @@ def stages(
             "model": settings["model"] | {"path_sha256": weights},
         },
     )
-    return [*_texts(plan), *_pool(plan), *_tuning(plan), _report(plan, folder)]
+    found = [*_texts(plan), *_pool(plan), _train(plan), _evaluate(plan), _report(plan, folder)]
+    return [stage for stage in found if stage.name in NEEDS[plan.method.fed_with]]
 
 
 def _texts(plan: _Plan) -> list[Stage]:
@@ -164,54 +171,76 @@ def _pool(plan: _Plan) -> list[Stage]:
     ]
 
 
-def _tuning(plan: _Plan) -> list[Stage]:
-    recipe, at, device = plan.recipe, plan.at, str(plan.device)
-    names = (*recipe.score.rewards, *recipe.evaluate.rewards)
-    return [
-        Stage(
-            "train",
-            reads=("generate", "select"),
-            made_from={
-                **plan.made_from,
-                "train": plan.without(
-                    "train",
-                    "micro_batch",
-                    "gradient_checkpointing",
-                    "save_every",
-                    "keep_checkpoints",
-                ),
-                "method": plan.settings["method"],
-            },
-            work=lambda out: train(
-                recipe.train,
-                methods.build(recipe.method.name, recipe.method.settings),
-                plan.load(replace(recipe.model, dtype=recipe.training_dtype)),
-                recipe.run.seed,
-                at["select"] / "selection.parquet",
-                at["generate"],
-                out,
-                plan.processes,
-                None if recipe.training_dtype == "float32" else plan.load_exactly,
-            ),
-            device=device,
-            shared=True,
+def _train(plan: _Plan) -> Stage:
+    recipe, method = plan.recipe, plan.method
+    unchanging = ("micro_batch", "gradient_checkpointing", "save_every", "keep_checkpoints")
+    made_from = {
+        **plan.made_from,
+        "train": plan.without("train", *unchanging),
+        "method": plan.settings["method"],
+    }
+    reads, code = ("generate", "select"), {}
+    if method.fed_with == "prompts":
+        made_from |= {
+            "generate": plan.without("generate", *NOT_DRAWING),
+            **plan.weights(method.rewards),
+        }
+        code = _code(method.rewards, "method.settings.rewards")
+        reads = ("prompts",)
+    return Stage(
+        "train",
+        reads=reads,
+        made_from=made_from,
+        work=lambda out: train(
+            recipe.train,
+            method,
+            plan.load(replace(recipe.model, dtype=recipe.training_dtype)),
+            recipe.run.seed,
+            _feed(plan),
+            out,
+            plan.processes,
+            None if recipe.training_dtype == "float32" else plan.load_exactly,
         ),
-        Stage(
-            "evaluate",
-            reads=("prompts", "train"),
-            made_from={
-                **plan.made_from,
-                "generate": plan.without("generate", "batch_size", "keep_latents"),
-                "score": plan.only("score", "rewards"),
-                "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
-                **plan.weights(names),
-            },
-            work=lambda out: _compare(plan, names, out),
-            code=_code(names, "evaluate.rewards"),
-            device=device,
-            shared=True,
-        ),
-    ]
+        code=code,
+        device=str(plan.device),
+        shared=True,
+    )
+
+
+def _feed(plan: _Plan) -> Callable[[Model], Feed]:
+    """What the method is fed with, once the model is there."""
+    recipe, at, method, seed = plan.recipe, plan.at, plan.method, plan.recipe.run.seed
+    if method.fed_with == "examples":
+        selection, pool = at["select"] / "selection.parquet", at["generate"]
+        return lambda model: example_feed(recipe.train, method, model, seed, selection, pool)
+
+    def prompts_alone(model: Model) -> Feed:
+        named = {name: plan.reward(name) for name in method.rewards}
+        texts = at["prompts"] / "prompts.jsonl"
+        return prompt_feed(recipe.train, method, recipe.generate, model, named, seed, texts)
+
+    return prompts_alone
+
+
+def _evaluate(plan: _Plan) -> Stage:
+    recipe, method = plan.recipe, plan.method
+    first = method.rewards if method.fed_with == "prompts" else ()
+    names = tuple(dict.fromkeys((*first, *recipe.score.rewards, *recipe.evaluate.rewards)))
+    return Stage(
+        "evaluate",
+        reads=("prompts", "train"),
+        made_from={
+            **plan.made_from,
+            "generate": plan.without("generate", "batch_size", "keep_latents"),
+            "score": plan.only("score", "rewards"),
+            "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
+            **plan.weights(names),
+        },
+        work=lambda out: _compare(plan, names, out),
+        code=_code(names, "evaluate.rewards"),
+        device=str(plan.device),
+        shared=True,
+    )
 
 
 def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
@@ -241,7 +270,7 @@ def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
 def _report(plan: _Plan, folder: Path) -> Stage:
     return Stage(
         "report",
-        reads=tuple(name for name in STAGES if name != "report"),
+        reads=tuple(name for name in NEEDS[plan.method.fed_with] if name != "report"),
         made_from={
             "run": plan.made_from["run"],
             "report": plan.settings["report"],

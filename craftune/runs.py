@@ -24,6 +24,12 @@ from craftune.processes import ALONE, Processes
 from craftune.records import read_json, sha256, write_json
 
 STAGES = ("prompts", "refine", "generate", "score", "select", "train", "evaluate", "report")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "examples": STAGES,
+    "prompts": ("prompts", "train", "evaluate", "report"),
+}
+"""The stages of a run, by what its method is fed with: images that were drawn and selected before
+it, or prompts alone, of which it draws its own images."""
 PACKAGES = ("craftune", "torch", "diffusers", "transformers", "peft", "numpy", "pyarrow", "pillow")
 BEGUN, DONE, TRASH = "begun.json", "done.json", ".trash"
 

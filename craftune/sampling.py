@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from craftune.diffusion import Grid
 from craftune.types import Cond, Denoiser
@@ -48,6 +49,7 @@ def sample(
     sampler: str = "dpm++2m",
     guidance_scale: float = 1.0,
     grad_steps: int = 0,
+    checkpoint: bool = False,
 ) -> Float[Tensor, "b ..."]:
     """Latents drawn from the model, deterministic given the noise.
 
@@ -62,7 +64,9 @@ def sample(
     Args:
         noise: standard normal, at the level of the grid's first timestep.
         empty: the unconditional branch; unused at guidance_scale 1.
-        grad_steps: the last steps that keep a gradient, 0 to the grid's length.
+        grad_steps: the last steps that keep a gradient, from 0; more than the grid has are all.
+        checkpoint: keep no activations of these steps; each call of the network is made again in
+            the backward pass. What is kept then grows with the latents alone.
     """
     steps = len(grid.timesteps)
     x = start = noise if grad_steps >= steps else noise.detach()
@@ -72,8 +76,15 @@ def sample(
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - grad_steps):
             (alpha, alpha_end), (sigma, sigma_end) = grid.alphas[i], grid.sigmas[i]
             batch_t = t.to(x.device).expand(len(x))
-            prediction = guided(denoiser, x, batch_t, cond, empty, guidance_scale)
-            x_0, _ = denoiser.schedule.split_at(prediction.float(), x, alpha, sigma)
+            call = (denoiser, x, batch_t, cond, empty, guidance_scale)
+            if checkpoint and torch.is_grad_enabled():
+                # The network draws no random numbers whose state would have to be restored.
+                prediction = recomputed(
+                    guided, *call, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                prediction = guided(*call)
+            x_0, _ = denoiser.schedule.split_at(prediction.to(noise.dtype), x, alpha, sigma)
             if sampler == "unipc" and previous:
                 x = _corrected(start, [*previous, x_0], grid, log_snr, i)
             data, h = x_0, log_snr[i, 1] - log_snr[i, 0]

@@ -229,6 +229,67 @@ class Draws:
         return Draws(self.t[index], self.noise[index])
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn from a live policy, and what they are worth.
+
+    Attributes:
+        grid: the sampler's steps, as at inference.
+        sampler: its name.
+        guidance_scale: 1 where guidance takes no second call of the network.
+        latent_shape: of one image.
+        empty: the encoded empty prompt, one row.
+        decode: latents -> images `[b, 3, h, w]` in [0, 1], with gradient.
+        reward: images and their prompts -> the number `[b]` that is maximised, with a gradient to
+            the pixels, and each reward's own `[b]` by name.
+    """
+
+    grid: Grid
+    sampler: str
+    guidance_scale: float
+    latent_shape: tuple[int, ...]
+    empty: Cond
+    decode: Callable[[Tensor], Tensor]
+    reward: Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to draw from. Fed to methods that need the reward's gradient."""
+
+    texts: list[str]
+    cond: Cond
+    drawing: Drawing
+
+    def rows(self, index: slice) -> "Prompts":
+        """Part of the batch: a micro-batch."""
+        return Prompts(self.texts[index], self.cond.rows(index), self.drawing)
+
+    def repeated(self, n: int) -> "Prompts":
+        """Each prompt n times in a row."""
+        index = torch.arange(len(self.texts)).repeat_interleave(n)
+        return Prompts([self.texts[i] for i in index], self.cond.rows(index), self.drawing)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The randomness of drawing one image per prompt.
+
+    Attributes:
+        noise: where the sampler starts.
+        again: further noise, n per image; n = 0 where none is needed.
+        cut: a step of the sampler, one for the whole batch, where the method draws one.
+    """
+
+    noise: Float[Tensor, "b ..."]
+    again: Float[Tensor, "b n ..."]
+    cut: int = 0
+
+    def rows(self, index: slice) -> "Starts":
+        """Part of the batch: a micro-batch."""
+        return Starts(self.noise[index], self.again[index], self.cut)
+
+
 @runtime_checkable
 class Rows(Protocol):
     """What the loop can split into micro-batches: `Examples`, `Draws`, pairs, prompts."""
@@ -246,7 +307,7 @@ Drawn = TypeVar("Drawn", bound=Rows)
 class Method(Protocol[Batch, Drawn]):
     """An alignment method: a frozen dataclass of hyper-parameters, its draws and its loss.
 
-    `Batch` says what it is fed with: `Examples`, preference pairs, or prompts to sample from.
+    `Batch` says what it is fed with: `Examples`, preference pairs, or `Prompts` to sample from.
     """
 
     @property

@@ -1,6 +1,7 @@
 """The whole pipeline by its command line on SD3 and FLUX.1, and what is theirs in its stages."""
 
 import contextlib
+import functools
 import html
 import re
 from pathlib import Path
@@ -17,7 +18,8 @@ from craftune.config import LoraConfig, TrainConfig
 from craftune.exporting import export
 from craftune.methods.sft import SFT
 from craftune.records import read_json, read_table
-from craftune.stages.train import load_examples, train
+from craftune.stages.train import ExampleFeed, example_feed, load_examples, train
+from craftune.types import Model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -91,7 +93,12 @@ def test_dev_is_trained_at_the_scale_that_each_example_was_drawn_with(tmp_path: 
         config = TrainConfig(steps=2, batch_size=4, prompt_dropout=dropout, lora=LoraConfig(rank=2))
         out = tmp_path / str(dropout)
         out.mkdir()
-        train(config, SFT(), load_sd(kept_flow("flux-dev")), 0, selection, pool, out)
+        feed_of = functools.partial(_feed, config, selection, pool)
+        train(config, SFT(), load_sd(kept_flow("flux-dev")), 0, feed_of, out)
         found.append(load_file(out / "lora" / "pytorch_lora_weights.safetensors"))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+def _feed(config: TrainConfig, selection: Path, pool: Path, model: Model) -> ExampleFeed:
+    return example_feed(config, SFT(), model, 0, selection, pool)

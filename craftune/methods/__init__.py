@@ -1,19 +1,31 @@
 """Methods: one file each, a frozen dataclass that reads like its paper. `METHODS` is the table."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
 from craftune.errors import UserError, unknown_name
+from craftune.methods.alignprop import AlignProp
 from craftune.methods.craft import CRAFT
 from craftune.methods.denoising import NoiseLevels
+from craftune.methods.draft import DRaFT
+from craftune.methods.refl import ReFL
 from craftune.methods.sft import SFT
 
-METHODS: dict[str, type[CRAFT] | type[SFT]] = {"craft": CRAFT, "sft": SFT}
+FromExamples: TypeAlias = CRAFT | SFT
+FromPrompts: TypeAlias = DRaFT | ReFL | AlignProp
+
+METHODS: dict[str, type[FromExamples | FromPrompts]] = {
+    "craft": CRAFT,
+    "sft": SFT,
+    "draft": DRaFT,
+    "refl": ReFL,
+    "alignprop": AlignProp,
+}
 
 
-def build(name: str, settings: Mapping[str, Any]) -> CRAFT | SFT:
+def build(name: str, settings: Mapping[str, Any]) -> FromExamples | FromPrompts:
     """The method of a recipe with its hyper-parameters.
 
     Raises:

@@ -18,7 +18,7 @@ Fed with `Examples`. All but "drop" need the reference: one more forward pass.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,8 @@ from craftune.types import Denoiser, Draws, Examples, Metrics
 @dataclass(frozen=True, config=STRICT)
 class CRAFT:
     """Hyper-parameters and training step of CRAFT."""
+
+    fed_with: ClassVar[Literal["examples"]] = "examples"
 
     negatives: Literal["drop", "keep", "clip", "anchor"] = "drop"
     """What advantages below 0 do. "drop": nothing, weight max(A, 0). "keep": the paper's letter,

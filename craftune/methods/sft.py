@@ -7,6 +7,7 @@ Fed with `Examples`. Needs no reference; one forward and one backward pass per e
 """
 
 from dataclasses import field
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,8 @@ from craftune.types import Denoiser, Draws, Examples, Metrics
 @dataclass(frozen=True, config=STRICT)
 class SFT:
     """Plain supervised fine-tuning."""
+
+    fed_with: ClassVar[Literal["examples"]] = "examples"
 
     noise: NoiseLevels = field(default_factory=NoiseLevels)
 

@@ -16,7 +16,7 @@ from craftune.reporting.read import Run
 from craftune.runs import stage_folder
 
 HERE = Path(__file__).parent
-CURVES = ("loss", "error", "grad_norm")
+CURVES = ("reward", "loss", "error", "grad_norm")
 """Shown first; further metrics follow in a fold."""
 MADE = {
     "prompts": ("prompts", "evaluation_prompts"),
@@ -68,7 +68,7 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
         costs=costs,
         load=loading_arguments(stage_folder(run.folder, "train") / "model"),
         **_comparison(run, summary),
-        **_pool(run, summary),
+        **(_pool(run, summary) if run.pool else {}),
         curves=_curves(run, CURVES),
         more_curves=_curves(run, [name for name in run.metrics if name not in CURVES]),
         made={stage["stage"]: _made(stage) for stage in costs["stages"]},

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 
 from craftune.errors import UserError
 from craftune.identities import one_identity_each
+from craftune.methods import build
 from craftune.records import read_json, read_table
-from craftune.runs import STAGES, done, stage_folder
+from craftune.runs import NEEDS, done, stage_folder
 
 KEY = ["prompt_id", "sample"]
 
@@ -33,7 +34,8 @@ class Evaluation:
         base: reward -> scores of the base model's images; first the training rewards, then the
             held-out ones.
         tuned: the same for the tuned model.
-        training: names of the rewards that scored the pool; the others are held out.
+        training: names of the rewards that scored the pool, or that were maximised; the others
+            are held out.
         identities: reward -> what it was measured with.
     """
 
@@ -58,9 +60,10 @@ class Run:
         recipe: resolved, by section.
         stages: what each finished stage recorded, by name.
         evaluation: the comparison.
-        selection: selection.json.
-        verdicts: selection.parquet, a row per candidate.
-        pool: reward -> raw scores, in the order of `verdicts`.
+        selection: selection.json; of a run without a pool what was maximised, as its "weights"
+            and "scales".
+        verdicts: selection.parquet, a row per candidate; empty without a pool.
+        pool: reward -> raw scores, in the order of `verdicts`; empty without a pool.
         metrics: metric -> one value per logged step; "step" is one of them.
     """
 
@@ -81,32 +84,42 @@ def read_run(folder: Path) -> Run:
         UserError: a stage is not finished, a file is damaged, or base and tuned are not paired.
     """
     recipe = read_json(folder / "run.json")
-    stages = {name: done(folder, name) for name in STAGES[:-1]}
+    method = build(recipe["method"]["name"], recipe["method"]["settings"])
+    stages = {name: done(folder, name) for name in NEEDS[method.fed_with] if name != "report"}
     missing = [name for name, record in stages.items() if record is None]
     if missing:
         raise UserError(
             f"{stage_folder(folder, missing[0])}: stage {missing[0]!r} has not run, but the report "
             f"reads it; run `craftune {missing[0]}` or `craftune run` first"
         )
-    verdicts = read_table(stage_folder(folder, "select") / "selection.parquet")
-    measured = _identities(folder)
-    pool = _pool_scores(stage_folder(folder, "score"), verdicts["candidate"])
+    if method.fed_with == "examples":
+        verdicts = read_table(stage_folder(folder, "select") / "selection.parquet")
+        selection = read_json(stage_folder(folder, "select") / "selection.json")
+        pool = _pool_scores(stage_folder(folder, "score"), verdicts["candidate"])
+        training = tuple(pool)
+    else:
+        verdicts, pool, training = pa.table({}), {}, tuple(method.rewards)
+        scales = {name: method.scales.get(name, (0.0, 1.0)) for name in training}
+        selection = {"weights": method.rewards, "scales": scales}
     return Run(
         folder=folder,
         recipe=recipe,
         stages={name: record for name, record in stages.items() if record is not None},
-        evaluation=_evaluation(stage_folder(folder, "evaluate"), tuple(pool), measured),
-        selection=read_json(stage_folder(folder, "select") / "selection.json"),
+        evaluation=_evaluation(
+            stage_folder(folder, "evaluate"), training, _identities(folder, bool(pool))
+        ),
+        selection=selection,
         verdicts=verdicts,
         pool=pool,
         metrics=_metrics(stage_folder(folder, "train") / "metrics.jsonl"),
     )
 
 
-def _identities(run: Path) -> dict[str, dict[str, Any]]:
+def _identities(run: Path, with_pool: bool) -> dict[str, dict[str, Any]]:
     """What each reward measured with, the same in the pool and in both models' images."""
     pool, images = stage_folder(run, "score"), stage_folder(run, "evaluate")
-    paths = {str(pool): list(pool.glob("part-*.parquet"))} | {
+    paths = {str(pool): list(pool.glob("part-*.parquet"))} if with_pool else {}
+    paths |= {
         f"{images}/scores-{model}-*.parquet": list(images.glob(f"scores-{model}-*.parquet"))
         for model in ("base", "tuned")
     }

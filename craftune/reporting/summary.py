@@ -45,7 +45,7 @@ def summarise(run: Run, resamples: int, seed: int) -> dict[str, Any]:
         "diversity": comparison.diversity(run, boot),
         "categories": comparison.categories(run, pairs, boot),
         "prompt_counts": run.stages["prompts"]["counts"],
-        "selection": _selection(run),
+        "selection": _selection(run) if run.pool else None,
         "training": _training(run),
         "settings": settings(run.recipe),
         "versions": _versions(run),

@@ -76,6 +76,21 @@ def check_names(names: Iterable[str], key: str) -> None:
             raise UserError(f"{key}: {unknown_name('reward', name, REWARDS)}; {hint}")
 
 
+def check_gradients(names: Iterable[str], key: str) -> None:
+    """Refuse rewards that cannot be trained on by their gradient.
+
+    Raises:
+        UserError: names the recipe key and the reward.
+    """
+    for name in names:
+        # All published rewards are networks that are differentiated; loading them is dear.
+        if not isinstance(REWARDS.get(name), Published) and load(name).gradient is None:
+            raise UserError(
+                f"{key}: {name!r} has no gradient; take a reward that is differentiable, or a "
+                "method that only needs scores, such as craft"
+            )
+
+
 def check_settings(settings: Settings) -> None:
     """Refuse sections of no published reward, unknown keys and values out of range.
 

@@ -95,14 +95,8 @@ def draw_latents(
     distinct = list(dict.fromkeys(request.text for request in batch))
     where = torch.tensor([distinct.index(request.text) for request in batch], device=device)
     cond = model.encode_prompts(distinct).rows(where)
-    sampler, scale = sampler_of(config, model), config.guidance_scale
-    if model.guidance == "embedded":
-        cond = cond.having("guidance", torch.full((len(batch),), scale, device=device))
-        scale = 1.0
-    elif model.guidance == "none" and scale != 1:
-        raise UserError(
-            f"generate.guidance_scale: this {model.family} checkpoint takes no guidance; use 1"
-        )
+    sampler = sampler_of(config, model)
+    cond, scale = guidance_of(model, cond, config.guidance_scale)
     noise = initial_noise([request.seed for request in batch], model.latent_shape)
     return sample(
         denoiser,
@@ -113,6 +107,22 @@ def draw_latents(
         sampler=sampler,
         guidance_scale=scale,
     )
+
+
+def guidance_of(model: Model, cond: Cond, scale: float) -> tuple[Cond, float]:
+    """The prompts, and the scale that is left for classifier-free guidance.
+
+    Raises:
+        UserError: the checkpoint takes no guidance.
+    """
+    if model.guidance == "embedded":
+        device = cond.tensors["tokens"].device
+        return cond.having("guidance", torch.full((len(cond),), scale, device=device)), 1.0
+    if model.guidance == "none" and scale != 1:
+        raise UserError(
+            f"generate.guidance_scale: this {model.family} checkpoint takes no guidance; use 1"
+        )
+    return cond, scale
 
 
 def sampler_of(config: GenerateConfig, model: Model) -> str:

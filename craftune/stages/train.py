@@ -1,28 +1,52 @@
-"""Stage `train`: selected images and their advantages -> the tuned model."""
+"""Stage `train`: selected images and their advantages, or prompts alone -> the tuned model."""
 
 import copy
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
 from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.images import decode, to_tensor
-from craftune.methods import CRAFT, SFT
+from craftune.methods import FromExamples, FromPrompts
 from craftune.processes import ALONE, Processes
 from craftune.records import read_table
 from craftune.seeds import stream
 from craftune.training import train as run_loop
 from craftune.types import Cond, Encoded, Examples, Model
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """What the loop is fed with."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What there is, for the stage's record; "examples" are images that train."""
+        ...
+
+    def __call__(self, step: int) -> Any:
+        """The whole batch of a step, a function of its number alone."""
+        ...
+
+
+def shuffled(count: int, batch_size: int, seed: int, step: int) -> Int[Tensor, " b"]:
+    """Places of a step's batch in the endless sequence of shuffled epochs of `count`."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: torch.randperm(count, generator=stream("epoch", seed, epoch))
+        for epoch in {place // count for place in places}
+    }
+    return torch.stack([orders[place // count][place % count] for place in places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +59,14 @@ class ExampleFeed:
     prompt_dropout: float
     seed: int
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Selected images that have a weight."""
+        return {"examples": len(self.examples.weight)}
+
     def __call__(self, step: int) -> Examples:
         """Examples `step * batch_size ...` of the sequence of shuffled epochs."""
-        count = len(self.examples.weight)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        orders = {
-            epoch: torch.randperm(count, generator=stream("epoch", self.seed, epoch))
-            for epoch in {place // count for place in places}
-        }
-        index = torch.stack([orders[place // count][place % count] for place in places])
+        index = shuffled(len(self.examples.weight), self.batch_size, self.seed, step)
         dropped = torch.rand(len(index), generator=stream("dropout", self.seed, step))
         device = self.examples.weight.device
         chosen = self.examples.rows(index.to(device))
@@ -57,35 +80,33 @@ class ExampleFeed:
 
 def train(
     config: TrainConfig,
-    method: CRAFT | SFT,
+    method: FromExamples | FromPrompts,
     model: Model,
     seed: int,
-    selection: Path,
-    pool: Path,
+    feed_of: Callable[[Model], Feed],
     out: Path,
     processes: Processes = ALONE,
     exact: Callable[[], Model] | None = None,
 ) -> dict[str, int]:
-    """Fine-tune on the selected candidates under their original prompts.
+    """Fine-tune on what the feed gives.
 
     Args:
         model: its network is changed in place; in float32, save that adapters leave the rest
             frozen, so that it may be in bfloat16 under autocast.
-        selection: selection.parquet.
-        pool: folder of the stage `generate`; the sampler's own final latents are trained on, or
-            where it has none what the VAE makes of the pictures.
+        feed_of: the model -> its feed, `example_feed` or `prompt_feed` with their files; decides
+            which of the model's other networks stay on the device.
         out: receives model/ (a diffusers folder), metrics.jsonl, and lora/ for adapters.
         processes: those that share each batch; each calls this function.
         exact: loads the checkpoint anew on the CPU without rounding it; given where `model` is
             rounded. Adapters are added to these weights.
 
     Raises:
-        UserError: nothing is selected, or all weights are 0.
+        UserError: there is nothing to train on.
         FloatingPointError: training diverged; the last checkpoint stays.
     """
     network = model.denoiser.network
     device = next(network.parameters()).device
-    examples = load_examples(method, model, selection, pool, device)
+    feed = feed_of(model)
     if config.lora.rank:
         add_lora(network, config.lora, model.lora_targets, seed)
     else:
@@ -99,16 +120,9 @@ def train(
     elif method.needs_reference:
         reference = copy.deepcopy(model.denoiser)
         reference.network.requires_grad_(False).eval()
-    empty, dropout = model.encode_prompts([""]), config.prompt_dropout
-    if model.guidance != "classifier-free":
-        # The empty prompt takes no part in drawing: there is no branch to keep, and each dropped
-        # prompt would teach the distilled network to draw without looking at it.
-        empty, dropout = examples.cond.rows(slice(0, 1)), 0.0
-    model.move_rest(torch.device("cpu"))
-    feed = ExampleFeed(examples, empty, config.batch_size, dropout, seed)
     trained, fit = run_loop(method, model.denoiser, reference, feed, config, seed, out, processes)
     counts = {
-        "examples": len(examples.weight),
+        **feed.counts,
         "steps": config.steps,
         "micro_batch": min(int(fit.micro_batch), len(processes.part(config.batch_size))),
         "gradient_checkpointing": int(fit.checkpointing is True),
@@ -132,8 +146,37 @@ def train(
     return counts
 
 
+def example_feed(
+    config: TrainConfig,
+    method: FromExamples,
+    model: Model,
+    seed: int,
+    selection: Path,
+    pool: Path,
+) -> ExampleFeed:
+    """The selected candidates under their original prompts; all but the denoiser goes to the CPU.
+
+    Args:
+        selection: selection.parquet.
+        pool: folder of the stage `generate`; the sampler's own final latents are trained on, or
+            where it has none what the VAE makes of the pictures.
+
+    Raises:
+        UserError: nothing is selected, or all weights are 0.
+    """
+    device = next(model.denoiser.network.parameters()).device
+    examples = load_examples(method, model, selection, pool, device)
+    empty, dropout = model.encode_prompts([""]), config.prompt_dropout
+    if model.guidance != "classifier-free":
+        # The empty prompt takes no part in drawing: there is no branch to keep, and each dropped
+        # prompt would teach the distilled network to draw without looking at it.
+        empty, dropout = examples.cond.rows(slice(0, 1)), 0.0
+    model.move_rest(torch.device("cpu"))
+    return ExampleFeed(examples, empty, config.batch_size, dropout, seed)
+
+
 def load_examples(
-    method: CRAFT | SFT, model: Model, selection: Path, pool: Path, device: torch.device
+    method: FromExamples, model: Model, selection: Path, pool: Path, device: torch.device
 ) -> Examples:
     """Latents, encoded original prompts and weights of the selected candidates.
 

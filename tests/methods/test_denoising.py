@@ -136,6 +136,7 @@ def test_the_draws_are_the_generator_s() -> None:
 @pytest.mark.parametrize("name", ["sft", "craft"])
 def test_a_recipe_sets_them_for_every_method(name: str) -> None:
     found = build(name, {"noise": {"snr_gamma": 5.0, "timestep_bias": "later"}})
+    assert isinstance(found, CRAFT | SFT)
     assert found.noise == NoiseLevels(snr_gamma=5.0, timestep_bias="later")
 
 

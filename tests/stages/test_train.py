@@ -23,8 +23,8 @@ from craftune.images import decode, to_tensor
 from craftune.methods import CRAFT, SFT
 from craftune.records import Prompt, Refined, prompt_id, write_rows
 from craftune.stages.generate import generate
-from craftune.stages.train import ExampleFeed, load_examples, train
-from craftune.types import Cond, Examples
+from craftune.stages.train import ExampleFeed, example_feed, load_examples, train
+from craftune.types import Cond, Examples, Model
 
 TEXTS = ["two red dogs", "a cat", "a green square"]
 CONFIG = TrainConfig(
@@ -263,9 +263,12 @@ def trained(
     model = load_sd(kept_checkpoint(), dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
     exact = None if dtype == "float32" else lambda: load_sd(kept_checkpoint())
-    counts = train(
-        config, method or CRAFT(), model, 0, selection, pool, out, processes.ALONE, exact
-    )
+    used = method or CRAFT()
+
+    def feed_of(model: Model) -> ExampleFeed:
+        return example_feed(config, used, model, 0, selection, pool)
+
+    counts = train(config, used, model, 0, feed_of, out, processes.ALONE, exact)
     assert counts["steps"] == config.steps
     assert not (out / "model.partial").exists()
     return dict(load_sd(out / "model").denoiser.network.state_dict())
