@@ -18,6 +18,7 @@ from craftune.costs import (
     largest_micro_batch,
 )
 from craftune.errors import UserError
+from craftune.methods import METHODS
 from craftune.models import resolve
 from craftune.models.figures import figures
 from craftune.prompt_files import read_prompts
@@ -35,8 +36,14 @@ def budget(recipe: Recipe) -> str:
     """The whole page.
 
     Raises:
-        UserError: the checkpoint or the number of prompts is not known here.
+        UserError: the checkpoint or the number of prompts is not known here, or the method draws
+            its own images.
     """
+    if METHODS[recipe.method.name].fed_with == "prompts":
+        raise UserError(
+            f"method.name: {recipe.method.name!r} draws its own images in training, which is not "
+            "estimated yet; plan the recipe with method.name = 'craft' for its evaluation"
+        )
     counted = figures(recipe.model, recipe.train.lora, checkpointing(recipe.train))
     prompts, held_out = _prompts(recipe)
     found = costs(recipe, counted, prompts, held_out)

@@ -9,6 +9,7 @@ import torch
 from toy import kept_checkpoint, load_sd
 
 from craftune import pipeline, rewards
+from craftune.budget import budget
 from craftune.config import GenerateConfig, TrainConfig
 from craftune.errors import UserError
 from craftune.methods import DRaFT
@@ -115,6 +116,11 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_its_costs_are_not_made_up(recipe: Path) -> None:
+    with pytest.raises(UserError, match="not estimated yet"):
+        budget(load_recipe(recipe))
+
+
 @pytest.mark.parametrize("options", [{"only": "select"}, {"again": "generate"}])
 def test_a_stage_that_it_does_without_is_refused(recipe: Path, options: dict[str, str]) -> None:
     with pytest.raises(UserError, match="method 'draft' does without it"):
@@ -167,6 +173,7 @@ def test_prompts_are_a_function_of_the_step_and_all_are_seen(tmp_path: Path) -> 
     first, later, again = found(0), found(1), found(0)
     assert first.texts == again.texts
     assert sorted(first.texts) == sorted(later.texts) == ["a cat", "a cup", "two red dogs"]
+    assert len({tuple(found(step).texts) for step in range(6)}) > 1
     wanted = found.model.encode_prompts(first.texts)
     torch.testing.assert_close(first.cond.tensors["tokens"], wanted.tensors["tokens"])
 
