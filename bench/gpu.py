@@ -11,7 +11,6 @@ forward pass three times, no recomputation, against --peak.
 """
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
@@ -19,7 +18,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +25,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from craftune.config import LoraConfig, TrainConfig
 from craftune.methods import SFT
@@ -48,7 +45,6 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 """Updates of the paper; GPU-seconds aimed at and reported by it; sizes to try."""
 TIMED = 20
-WARM = 2
 NUM_STEPS = 20
 SMALL_UNET = {
     "sample_size": 8,
@@ -88,7 +84,10 @@ def measure(
     name: str, job: dict[str, Any], device: torch.device, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One model: training, then drawing."""
-    parts = small(PUBLISHED[name]) if args.tiny else PUBLISHED[name]
+    free(device)
+    parts = PUBLISHED[name]
+    if args.tiny:
+        parts = {"unet": parts["unet"] | SMALL_UNET, "vae": parts["vae"] | SMALL_VAE}
     counted = published(name, LoraConfig(), False)
     if args.tiny or counted is None:
         counted = drawing({key: parts[key] for key in ("unet", "vae")})
@@ -96,13 +95,12 @@ def measure(
     denoiser = build(parts, device)
     sizes, timed = ((1, 2), 2) if args.tiny else (job["micro"], TIMED)
     found = training(denoiser, parts, batch, sizes, timed)
-    flops = 3 * counted.forward_flops * batch
     seconds = found["seconds_per_update"]
     found |= {
         "gpu_seconds": seconds * job["updates"],
         "goal_gpu_seconds": job["goal"],
         "paper_gpu_seconds": job["paper"],
-        "mfu": flops / seconds / args.peak,
+        "mfu": 3 * counted.forward_flops * batch / seconds / args.peak,
     }
     denoiser.network.requires_grad_(False).eval().to(torch.bfloat16)
     denoiser.network.zero_grad(set_to_none=True)
@@ -111,8 +109,6 @@ def measure(
     drawn = draw(denoiser, parts, images, num_steps, device)
     per_image = 2 * num_steps * counted.forward_flops + counted.decode_flops
     drawn["mfu"] = drawn["images_per_s"] * per_image / args.peak
-    del denoiser
-    free(device)
     return {"fine-tuning": found, "drawing": drawn}
 
 
@@ -132,7 +128,7 @@ def training(
             denoiser.network.zero_grad(set_to_none=True)
             free(device)
     micro = max(rates, key=lambda size: rates[size])
-    gaps = updates(denoiser, parts, batch, micro, WARM + timed)[WARM - 1 :]
+    gaps = updates(denoiser, parts, batch, micro, 2 + timed)[2:]  # after two to warm up
     return {
         "batch": batch,
         "micro_batch": micro,
@@ -145,11 +141,10 @@ def training(
 
 
 def updates(denoiser: Denoiser, parts: Parts, batch: int, micro: int, steps: int) -> list[float]:
-    """Seconds between the optimizer's steps in a run of the loop."""
+    """Seconds of each step of the loop, from batch to batch."""
     device = next(denoiser.network.parameters()).device
-    rng = torch.Generator(device).manual_seed(0)
     examples = Examples(
-        latents=torch.randn(batch, *latent_shape(parts), generator=rng, device=device),
+        latents=torch.randn(batch, *latent_shape(parts), device=device),
         cond=prompts(parts, batch, device),
         weight=torch.ones(batch, device=device),
     )
@@ -159,28 +154,19 @@ def updates(denoiser: Denoiser, parts: Parts, batch: int, micro: int, steps: int
         micro_batch=micro,
         gradient_checkpointing=False,
         precision="bfloat16",
-        save_every=10**6,
     )
-    with tempfile.TemporaryDirectory() as out, stamps(device) as times:
-        train(SFT(), denoiser, None, lambda step: examples, config, 0, Path(out))
-    return [b - a for a, b in itertools.pairwise(times)]
-
-
-@contextlib.contextmanager
-def stamps(device: torch.device) -> Iterator[list[float]]:
-    """When each step of any optimizer was done."""
     times: list[float] = []
 
-    def note(*_: object) -> None:
+    def feed(_: int) -> Examples:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter())
+        return examples
 
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        yield times
-    finally:
-        handle.remove()
+    with tempfile.TemporaryDirectory() as out:
+        train(SFT(), denoiser, None, feed, config, 0, Path(out))
+        feed(steps)
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 @torch.no_grad()
@@ -245,11 +231,6 @@ def latent_shape(parts: Parts) -> tuple[int, int, int]:
     """Of one image."""
     side = parts["unet"]["sample_size"]
     return (parts["unet"]["in_channels"], side, side)
-
-
-def small(parts: Parts) -> Parts:
-    """The same kind of model, tiny."""
-    return {"unet": parts["unet"] | SMALL_UNET, "vae": parts["vae"] | SMALL_VAE}
 
 
 def free(device: torch.device) -> None:

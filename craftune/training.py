@@ -80,8 +80,9 @@ def train(
     ):
         for step in track(range(first, config.steps), "train", config.steps - first, "step"):
             started = time.perf_counter()
+            rate = learning_rate(config, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group["lr"] = rate
             own = _gradients(method, policy, reference, feed, config, seed, step, fit, mine)
             metrics = processes.totals(own)
             processes.add_up(p.grad for p in parameters if p.grad is not None)
@@ -92,15 +93,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if average is not None:
                 average.update(network)
-            log(
-                {
-                    "step": step + 1,
-                    **metrics,
-                    "grad_norm": norm.item(),
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                },
-                time.perf_counter() - started,
-            )
+            row = {"step": step + 1, **metrics, "grad_norm": norm.item(), "learning_rate": rate}
+            log(row, time.perf_counter() - started)
             due = (step + 1) % config.save_every == 0 and step + 1 < config.steps
             stopping = processes.any(bool(stops))
             if (due or stopping) and processes.main:

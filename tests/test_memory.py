@@ -214,16 +214,16 @@ class Small:
 
 
 def test_out_of_memory_in_a_step_halves_and_does_it_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step's first pass went well: its gradient must not count twice."""
-    found, fit = run(tmp_path / "small", method=Small())
+    """The second step's first pass went well: its gradient must not count twice."""
+    monkeypatch.setattr(memory, "largest", lambda attempt, limit, device: 4)
+    _, fit = run(tmp_path / "small", method=Small())
     assert fit.micro_batch == 2
-    assert "out of memory: micro-batch 4 from here" in capsys.readouterr().err
+    assert "out of memory: micro-batch 2 from here" in capsys.readouterr().err
     run(tmp_path / "plain")
     for one, other in zip(rows_of(tmp_path / "small"), rows_of(tmp_path / "plain"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
-    assert found.network is not None
 
 
 def test_a_micro_batch_of_the_recipe_s_own_is_not_changed(tmp_path: Path) -> None:
