@@ -116,10 +116,10 @@ def test_what_adapters_recomputing_and_other_optimizers_cost_by_hand() -> None:
     assert example_flops(again, FIGURES) == pytest.approx(7 * 3.75)
     assert example_flops(again, transformer) == 7 * 4
     kept = 2 * 10 * GIB  # float32, and as much again for the block that is recomputed
-    assert training_memory(again, FIGURES, 3) == 16 * 1000 + 3 * 2 * kept + RESERVED
+    assert training_memory(again, FIGURES, 3, "float32") == 16 * 1000 + 3 * 2 * kept + RESERVED
     for name, state in (("adamw8bit", 2), ("adafactor", 0.5)):
         other = dataclasses.replace(PLAIN, optimizer=name)
-        assert training_memory(other, FIGURES, 1) == (8 + state) * 1000 + kept + RESERVED
+        assert training_memory(other, FIGURES, 1, "float32") == (8 + state) * 1000 + kept + RESERVED
 
 
 def test_memory_of_scoring_counts_each_reward_and_the_reserve_once(recipe: Recipe) -> None:

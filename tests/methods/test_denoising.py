@@ -114,6 +114,11 @@ def test_the_bias_is_on_its_timesteps(settings: Any, inside: slice, multiplier: 
     assert found.min() > 0
 
 
+def test_the_range_has_its_beginning_and_not_its_end() -> None:
+    levels = NoiseLevels(timestep_bias="range", begin=20, end=50)
+    assert levels._bias(torch.tensor([19, 20, 49, 50]), 100).tolist() == [1, 2, 2, 1]
+
+
 def test_the_bias_multiplies_the_family_s_own_law() -> None:
     plain = cosine_schedule("velocity")
     schedule = Schedule(plain.alphas, plain.sigmas, "velocity", law="logit-normal")

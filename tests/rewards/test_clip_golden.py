@@ -120,6 +120,12 @@ def test_token_numbers_of_a_batch(tokenizer_folder: str) -> None:
     assert [ends_with_zeros(row) for row in ids] == d["input_ids"]
 
 
+def test_a_text_of_just_77_tokens_is_read_whole(tokenizer_folder: str) -> None:
+    tokenizer = text.clip_tokenizer(tokenizer_folder, "test")
+    assert not tokenizer.cuts("word " * 75)  # with start and end
+    assert tokenizer.cuts("word " * 76)
+
+
 def test_only_hps_cleans(tokenizer_folder: str) -> None:
     """A curly quote and an entity: other rewards read them as they are."""
     plain, clean = (
