@@ -214,7 +214,7 @@ def cut_in_half(path: Path) -> None:
 
 def wrong_family(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    write_json(folder / "model_index.json", index | {"_class_name": "FluxPipeline"})
+    write_json(folder / "model_index.json", index | {"_class_name": "KandinskyPipeline"})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def wrong_family(folder: Path) -> None:
         (lambda m: (m / "model_index.json").unlink(), ["model_index.json", "missing"]),
         (lambda m: (m / "model_index.json").write_text("{"), ["model_index.json", "JSON"]),
         (lambda m: (m / "model_index.json").write_text("[]"), ["model_index.json"]),
-        (wrong_family, ["model_index.json", "FluxPipeline", "StableDiffusionPipeline"]),
+        (wrong_family, ["model_index.json", "KandinskyPipeline", "StableDiffusionPipeline"]),
         (lambda m: shutil.rmtree(m / "unet"), ["/model", "unet"]),
         (lambda m: shutil.rmtree(m / "tokenizer"), ["/model"]),
         (lambda m: cut_in_half(m / "unet" / "diffusion_pytorch_model.safetensors"), ["/model"]),
@@ -399,8 +399,8 @@ def test_a_file_where_the_run_folder_should_be(fresh: Tiny) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return [float('nan')] * len(images)", ["returned nan for candidate", "(prompt 'a"]),
-        ("return [1e39] * len(images)", ["returned inf for candidate"]),
+        ("return [float('nan')] * len(images)", ["returned nan for image", "(prompt 'a"]),
+        ("return [1e39] * len(images)", ["returned inf for image"]),
         ("return [1.0]", ["returned shape (1,) for 8 images", "one number per image"]),
         ("return np.zeros((len(images), 1))", ["returned shape (8, 1) for 8 images"]),
         ("return 1.0", ["returned shape () for 8 images"]),

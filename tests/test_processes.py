@@ -360,7 +360,7 @@ def test_the_work_goes_on_after_a_process_failed(
     ended = processes.together(2, command, job.folder, stop)
     (line,) = complaints([one.err for one in ended])
     if trouble == "failed":
-        assert "returned nan for candidate" in line
+        assert "returned nan for image" in line
         assert [one.status for one in ended] == [2, 2]
         assert line in ended[1].err
     else:
@@ -436,7 +436,7 @@ def test_accelerate_launch(tmp_path: Path, trouble: str) -> None:
         assert "on 2 x cpu" in ended.stderr
         return
     assert ended.returncode != 0
-    told = {"failed": "returned nan for candidate", "killed": "craftune: stopped"}
+    told = {"failed": "returned nan for image", "killed": "craftune: stopped"}
     (line,) = lines
     assert told[trouble] in line
     assert (job.stage("generate") / "done.json").exists()
