@@ -147,7 +147,7 @@ def _size(x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
 def _refuse(grid: Grid, k: int, factor: float, stuck: int, count: int) -> None:
     steps, (start, end) = len(grid.timesteps), grid.sigmas[k].tolist()
     remedy = "allow more iterations"
-    if not factor < 1:
+    if not factor < 0.97:  # also where it neither shrinks nor grows: it goes in circles
         remedy = f"take more sampling steps, about {math.ceil(1.3 * steps * min(factor, 99))}"
     raise UserError(
         f"noise correction: step {k + 1} of {steps} (sigma {start:.3f} to {end:.3f}) is not "

@@ -75,7 +75,7 @@ def _encoded(model: Model, seed: int) -> Float[Tensor, "n 16 8 8"]:
     from craftune.shapes.training.data import draw_chunk
 
     pixels = torch.from_numpy(draw_chunk(seed)[0]).permute(0, 3, 1, 2).float() / 255
-    return torch.cat([model.encode_images(part) for part in pixels.split(100)]).half()
+    return torch.cat([model.encode_images(part).mean for part in pixels.split(100)]).half()
 
 
 def blurred(latents: Float[Tensor, "n ..."], rng: torch.Generator) -> Float[Tensor, "n ..."]:

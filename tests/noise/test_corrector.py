@@ -146,3 +146,15 @@ def test_draws_and_loss_of_a_micro_batch_are_part_of_the_whole() -> None:
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
     assert metrics == {"loss": whole.item()}
+
+
+def test_the_corrector_is_asked_from_pure_noise_downwards() -> None:
+    asked: list[float] = []
+
+    class Listening(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            asked.append(float(time[0]))
+            return torch.zeros_like(x)
+
+    correct(Plain(Listening(), trigonometric()), torch.randn(2, 3), nothing(2), 4)
+    assert asked == [1.0, 0.75, 0.5, 0.25]
