@@ -17,6 +17,7 @@ __all__ = [
     "UserError",
     "__version__",
     "load_recipe",
+    "load_stitched",
     "run",
     "score",
     "select",
@@ -24,6 +25,7 @@ __all__ = [
 
 if typing.TYPE_CHECKING:
     from craftune.errors import UserError
+    from craftune.models.stitched import load_stitched
     from craftune.pipeline import run
     from craftune.recipes import load_recipe
     from craftune.scoring.api import score
@@ -35,6 +37,7 @@ _HOME = {
     "SelectConfig": "craftune.selection",
     "UserError": "craftune.errors",
     "load_recipe": "craftune.recipes",
+    "load_stitched": "craftune.models.stitched",
     "run": "craftune.pipeline",
     "score": "craftune.scoring.api",
     "select": "craftune.selection",

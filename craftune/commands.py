@@ -41,6 +41,12 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
     print(found["conclusion"], *(f"  {line}" for line in found["headline"]), "", sep="\n")
     print(f"report: {report / 'report.html'}")
     print(f"model:  {model}")
+    stitch = model.with_name("stitch.json")
+    if stitch.is_file():
+        how = read_json(stitch)
+        print(f'load:   craftune.load_stitched("{model}", "{how["base"]}", {how["t_star"]:g},')
+        print(f'            sampler="{how["sampler"]}")  # num_inference_steps={how["num_steps"]}')
+        return
     arguments = f'"{model}"{loading_arguments(model)}'
     print(f"load:   diffusers.DiffusionPipeline.from_pretrained({arguments})")
 
@@ -91,9 +97,10 @@ def doctor(options: argparse.Namespace) -> int:
 def explain(options: argparse.Namespace) -> int:
     """The verdicts of one prompt's candidates, of one candidate, or the funnel of the pool."""
     config = _selection_of(options.run)
-    pool = load_pool(stage_folder(options.run, "generate"), stage_folder(options.run, "score"))
+    drawn, scored = (stage_folder(options.run, name) for name in ("generate", "score"))
+    pool = load_pool(drawn, scored, config.accept.key)
     try:
-        found = select(config, pool.names, pool.scores, pool.present)
+        found = select(config, pool.names, pool.scores, pool.present, pool.keys)
     except NothingSelected as error:
         raise UserError(f"nothing was chosen: {error}") from None
     if not (options.candidate or options.prompt):

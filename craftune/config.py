@@ -32,6 +32,9 @@ class RunConfig:
     """Every random choice of the run follows from it."""
     device: str = "auto"
     """"auto" (cuda, else cpu), or a torch device such as "cuda:1"."""
+    rounds: Count = 1
+    """Times that the pool is drawn and trained on, each from the model of the round before; all
+    but the last round lie in round-1, round-2 ... inside the run folder."""
 
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
@@ -162,6 +165,15 @@ class GenerateConfig:
     """Store each candidate's final latents, which training then learns from as they are: 66 kB an
     image for SD1.x, 262 kB for SDXL, 1 MB for SD3 and FLUX.1. false encodes the selected pictures
     by the VAE instead, mean and deviation once, drawn anew at every use."""
+    keep_states: tuple[Count, ...] = ()
+    """Store each candidate's latents after these numbers of steps, too; P-GRAFT trains on them."""
+
+    def __post_init__(self) -> None:
+        if any(after >= self.num_steps for after in self.keep_states):
+            raise ValueError(
+                f"generate.keep_states must be below num_steps = {self.num_steps}, "
+                f"got {list(self.keep_states)}"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

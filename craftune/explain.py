@@ -65,6 +65,9 @@ def reason(selection: Selection, config: SelectConfig, group: int, column: int) 
     drawn = f"{config.strategy} {counts['selected']}, select.mode {config.mode}"
     if config.mode == "image":
         drawn += f", select.per_prompt_cap {config.per_prompt_cap}"
+    if config.accept.rule != "off":
+        drawn = f"{counts['selected']} accepted by rule {config.accept.rule}"
+        place += f", log kappa {selection.log_kappa[group, column]:.3g}"
     return {
         Status.ABSENT: "not there: its group has fewer images",
         Status.DROPPED_NO_BASELINE: "not selected: its group has no baseline",
@@ -74,5 +77,6 @@ def reason(selection: Selection, config: SelectConfig, group: int, column: int) 
         Status.NOT_A_WINNER: "not selected: does not win itself, as select.image_level asks",
         Status.CUT_BY_CAP: f"not selected: {place}, behind others of its prompt ({drawn})",
         Status.CUT_BY_K: f"not selected: {place}, not among the {drawn}",
+        Status.NOT_ACCEPTED: f"not selected: {place}, not among the {drawn}",
         Status.SELECTED: f"selected: {place}, among the {drawn}",
     }[Status(selection.status[group, column])]

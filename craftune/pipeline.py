@@ -61,6 +61,11 @@ def check(recipe: Recipe, processes: Processes = ALONE) -> None:
     rewards.check_settings(recipe.reward)
     refiners.check(recipe.refine)
     method = methods.build(recipe.method.name, recipe.method.settings)
+    if isinstance(method, methods.PGRAFT) and method.after not in recipe.generate.keep_states:
+        raise UserError(
+            f"method.settings.after: {method.after} is none of generate.keep_states "
+            f"{list(recipe.generate.keep_states)}; add it there, or choose one of them"
+        )
     optimizers.check_installed(recipe.train.optimizer)
     if method.fed_with == "examples":
         _check_selection(recipe)
@@ -159,6 +164,9 @@ def run(
         only: the one stage to run.
         again: throw away this stage and all later ones first.
 
+    With `run.rounds` above 1, the rounds before the last come first, whole and as they are;
+    `only` and `again` are about the last.
+
     Raises:
         UserError: see `check` and `runs.execute`.
     """
@@ -169,7 +177,10 @@ def run(
     with processes.one_voice(), locked(folder, processes):
         where = f"{processes.count} x {device.type}" if processes.count > 1 else str(device)
         print(f"{folder}: {recipe.model.path} on {where}", file=sys.stderr, flush=True)
-        planned = stages(recipe, folder, device, processes)
+        before = None
+        for number in range(1, recipe.run.rounds):
+            before = _round(recipe, folder / f"round-{number}", device, processes, before)
+        planned = stages(recipe, folder, device, processes, before)
         names = [stage.name for stage in planned]
         for wanted in {only, again} - {None, *names}:
             raise UserError(
@@ -181,6 +192,21 @@ def run(
         for stage in planned:
             if only in (None, stage.name):
                 _execute(folder, stage, processes)
+    return folder
+
+
+def _round(
+    recipe: Recipe, folder: Path, device: torch.device, processes: Processes, before: Path | None
+) -> Path:
+    """All stages up to `train` of a round that is not the last. Returns its folder."""
+    planned = stages(recipe, folder, device, processes, before)
+    if processes.main:
+        print(f"{folder.name} of {recipe.run.rounds}", file=sys.stderr, flush=True)
+        folder.mkdir(exist_ok=True)
+        _prepare(recipe, folder, planned, None)
+    for stage in planned:
+        if STAGES.index(stage.name) <= STAGES.index("train"):
+            _execute(folder, stage, processes)
     return folder
 
 

@@ -12,13 +12,16 @@ import torch
 from craftune import methods, models, refiners, rewards
 from craftune.config import ModelConfig, Recipe
 from craftune.hub_prompts import on_hub
+from craftune.methods import PGRAFT
 from craftune.models.files import checkpoint, stored_dtype
 from craftune.plugins import source_sha256
 from craftune.processes import ALONE, Processes
-from craftune.records import canonical, sha256
+from craftune.records import canonical, sha256, write_json
 from craftune.runs import NEEDS, STAGES, Stage, stage_folder
+from craftune.sampling import Stitched
+from craftune.seeds import stream_seed
 from craftune.stages.evaluate import evaluate
-from craftune.stages.generate import generate
+from craftune.stages.generate import generate, sampler_of
 from craftune.stages.prompt_feed import prompt_feed
 from craftune.stages.prompts import prompts
 from craftune.stages.refine import refine
@@ -28,7 +31,7 @@ from craftune.stages.select import choose
 from craftune.stages.train import Feed, example_feed, train
 from craftune.types import Model, Reward
 
-NOT_DRAWING = ("batch_size", "seeds_per_variant", "shard_size", "keep_latents")
+NOT_DRAWING = ("batch_size", "seeds_per_variant", "shard_size", "keep_latents", "keep_states")
 """Keys of [generate] that say nothing of how a picture is drawn."""
 
 
@@ -37,12 +40,16 @@ class _Plan:
     """What the stages share.
 
     Attributes:
+        start: the checkpoint that draws and is trained: the recipe's, or the last round's.
+        seed: of drawing and training, the round's own.
         at: folder of each stage.
         made_from: settings of the run and of the model.
     """
 
     recipe: Recipe
     method: methods.FromExamples | methods.FromPrompts
+    start: ModelConfig
+    seed: int
     settings: Mapping[str, Any]
     at: Mapping[str, Path]
     device: torch.device
@@ -55,8 +62,8 @@ class _Plan:
 
     def load_exactly(self) -> Model:
         """The checkpoint on the CPU, in no narrower dtype than it is stored in."""
-        dtype = stored_dtype(checkpoint(self.recipe.model))
-        return models.load(replace(self.recipe.model, dtype=dtype), torch.device("cpu"))
+        dtype = stored_dtype(checkpoint(self.start))
+        return models.load(replace(self.start, dtype=dtype), torch.device("cpu"))
 
     def reward(self, name: str) -> Reward:
         """A reward on the run's device."""
@@ -75,25 +82,53 @@ class _Plan:
         """A section without the keys that change no result."""
         return {k: v for k, v in self.settings[section].items() if k not in keys}
 
+    def drawing(self, config: ModelConfig) -> Model:
+        """A checkpoint as it draws: what P-GRAFT tuned only as far as t*."""
+        model, method = self.load(config), self.method
+        if not isinstance(method, PGRAFT) or config == self.recipe.model:
+            return model
+        base = self.load(self.recipe.model)
+        t_star = _t_star(self.recipe, base, method)
+        return replace(model, denoiser=Stitched(model.denoiser, base.denoiser, t_star))
+
+
+def trained(recipe: Recipe, folder: Path) -> ModelConfig:
+    """What a run, or a round of it, trained, as it is loaded to draw."""
+    return ModelConfig(str(stage_folder(folder, "train") / "model"), dtype=recipe.model.dtype)
+
 
 def stages(
-    recipe: Recipe, folder: Path, device: torch.device, processes: Processes = ALONE
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    processes: Processes = ALONE,
+    before: Path | None = None,
 ) -> list[Stage]:
-    """The stages that the method needs, in order, not yet run."""
-    settings = asdict(recipe)
+    """The stages of one round that the method needs, in order, not yet run.
+
+    Args:
+        folder: of the run, or of the round.
+        before: folder of the round before, whose model this one starts from.
+    """
+    settings, start, run = asdict(recipe), recipe.model, {"seed": recipe.run.seed}
+    if before is not None:
+        start = trained(recipe, before)
+        run["seed"] = stream_seed("round", run["seed"], before.name)
     # Reads every weight, so once is enough.
-    identity = processes.told(lambda: models.identity(recipe.model))
+    identity = processes.told(lambda: models.identity(start))
     weights = hashlib.sha256(canonical(identity).encode()).hexdigest()
     plan = _Plan(
         recipe,
         methods.build(recipe.method.name, recipe.method.settings),
+        start,
+        run["seed"],
         settings,
         {name: stage_folder(folder, name) for name in STAGES},
         device,
         processes,
         {
-            "run": {"seed": recipe.run.seed},
-            "model": settings["model"] | {"path_sha256": weights},
+            "run": run,
+            "model": asdict(start) | {"path_sha256": weights},
         },
     )
     found = [*_texts(plan), *_pool(plan), _train(plan), _evaluate(plan), _report(plan, folder)]
@@ -102,7 +137,7 @@ def stages(
 
 def _texts(plan: _Plan) -> list[Stage]:
     recipe, seed = plan.recipe, plan.recipe.run.seed
-    run = {"run": plan.made_from["run"]}
+    run = {"run": plan.only("run", "seed")}
     return [
         Stage(
             "prompts",
@@ -140,8 +175,8 @@ def _pool(plan: _Plan) -> list[Stage]:
             },
             work=lambda out: generate(
                 recipe.generate,
-                plan.load(recipe.model),
-                recipe.run.seed,
+                plan.drawing(plan.start),
+                plan.seed,
                 at["prompts"] / "prompts.jsonl",
                 at["refine"] / "refined.jsonl",
                 out,
@@ -167,12 +202,13 @@ def _pool(plan: _Plan) -> list[Stage]:
             reads=("generate", "score"),
             made_from={"select": plan.settings["select"]},
             work=lambda out: choose(recipe.select, at["generate"], at["score"], out),
+            code=_code([recipe.select.accept.key], "select.accept.key"),
         ),
     ]
 
 
 def _train(plan: _Plan) -> Stage:
-    recipe, method = plan.recipe, plan.method
+    method = plan.method
     unchanging = ("micro_batch", "gradient_checkpointing", "save_every", "keep_checkpoints")
     made_from = {
         **plan.made_from,
@@ -191,16 +227,7 @@ def _train(plan: _Plan) -> Stage:
         "train",
         reads=reads,
         made_from=made_from,
-        work=lambda out: train(
-            recipe.train,
-            method,
-            plan.load(replace(recipe.model, dtype=recipe.training_dtype)),
-            recipe.run.seed,
-            _feed(plan),
-            out,
-            plan.processes,
-            None if recipe.training_dtype == "float32" else plan.load_exactly,
-        ),
+        work=lambda out: _tune(plan, out),
         code=code,
         device=str(plan.device),
         shared=True,
@@ -209,7 +236,7 @@ def _train(plan: _Plan) -> Stage:
 
 def _feed(plan: _Plan) -> Callable[[Model], Feed]:
     """What the method is fed with, once the model is there."""
-    recipe, at, method, seed = plan.recipe, plan.at, plan.method, plan.recipe.run.seed
+    recipe, at, method, seed = plan.recipe, plan.at, plan.method, plan.seed
     if method.fed_with == "examples":
         selection, pool = at["select"] / "selection.parquet", at["generate"]
         return lambda model: example_feed(recipe.train, method, model, seed, selection, pool)
@@ -243,13 +270,45 @@ def _evaluate(plan: _Plan) -> Stage:
     )
 
 
+def _tune(plan: _Plan, out: Path) -> dict[str, int]:
+    """Train; for P-GRAFT, write down beside the model how it is stitched."""
+    recipe, method = plan.recipe, plan.method
+    model = plan.load(replace(plan.start, dtype=recipe.training_dtype))
+    counts = train(
+        recipe.train,
+        method,
+        model,
+        plan.seed,
+        _feed(plan),
+        out,
+        plan.processes,
+        None if recipe.training_dtype == "float32" else plan.load_exactly,
+    )
+    if isinstance(method, PGRAFT) and plan.processes.main:
+        stitch = {
+            "base": recipe.model.path,
+            "t_star": _t_star(recipe, model, method),
+            "sampler": sampler_of(recipe.generate, model),
+            "num_steps": recipe.generate.num_steps,
+            "guidance_scale": recipe.generate.guidance_scale,
+        }
+        write_json(out / "stitch.json", stitch)
+    return counts
+
+
+def _t_star(recipe: Recipe, model: Model, method: PGRAFT) -> float:
+    """The timestep at which P-GRAFT's chain goes on with the starting network."""
+    grid = model.grid(sampler_of(recipe.generate, model), recipe.generate.num_steps)
+    return float(grid.timesteps[method.after])
+
+
 def _compare(plan: _Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
     """Base, then tuned, on the evaluation prompts."""
     recipe, prompts = plan.recipe, plan.at["prompts"] / "evaluation.jsonl"
-    tuned = ModelConfig(str(plan.at["train"] / "model"), dtype=recipe.model.dtype)
+    tuned = trained(recipe, plan.at["train"].parent)
     counts: dict[str, int] = {}
     for arm, config in (("base", recipe.model), ("tuned", tuned)):
-        model, seed = plan.load(config), recipe.run.seed
+        model, seed = plan.drawing(config), recipe.run.seed
         counts |= evaluate(
             arm,
             recipe.evaluate,
@@ -272,7 +331,7 @@ def _report(plan: _Plan, folder: Path) -> Stage:
         "report",
         reads=tuple(name for name in NEEDS[plan.method.fed_with] if name != "report"),
         made_from={
-            "run": plan.made_from["run"],
+            "run": plan.only("run", "seed"),
             "report": plan.settings["report"],
             "evaluate": plan.only("evaluate", "resamples"),
         },

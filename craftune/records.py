@@ -57,12 +57,29 @@ CANDIDATE = pa.schema(
         ("model", pa.string()),
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         ("latents", pa.list_(pa.float32())),
+        (
+            "states",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("after", pa.int32()),
+                        ("timestep", pa.float64()),
+                        ("alpha", pa.float64()),
+                        ("sigma", pa.float64()),
+                        ("latents", pa.list_(pa.float32())),
+                    ]
+                )
+            ),
+        ),
     ],
     metadata={
         "huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}),
     },
 )
-"""One image of the pool. `variant` 0 is the plain prompt; `sample` counts images of one variant."""
+"""One image of the pool. `variant` 0 is the plain prompt; `sample` counts images of one variant.
+
+`states` are latents that its chain passed, by generate.keep_states: after how many steps, the
+timestep at which the chain went on from there, and the scales of signal and noise."""
 
 SCORE = pa.schema(
     [

@@ -5,14 +5,15 @@ The noise of a candidate comes from its own seed: the same image from any batch 
 the float summation order of the batch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Num
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from craftune.diffusion import Grid
+from craftune.diffusion import Grid, Schedule
 from craftune.types import Cond, Denoiser
 
 FIRST_ORDER = ("ddim", "euler")
@@ -39,6 +40,42 @@ def guided(
     return unconditional + scale * (conditional - unconditional)
 
 
+@dataclass(frozen=True)
+class Stitched:
+    """Two denoisers as one: the tuned above timestep t*, the starting one from t* down (P-GRAFT).
+
+    Attributes:
+        tuned: called at t > t_star.
+        base: called at t <= t_star.
+        t_star: where a sampler hands over; must be one of its grid's timesteps.
+    """
+
+    tuned: Denoiser
+    base: Denoiser
+    t_star: float
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of both."""
+        return self.tuned.schedule
+
+    @property
+    def network(self) -> nn.Module:
+        """The tuned one's."""
+        return self.tuned.network
+
+    def hands_over_at(self, t: Num[Tensor, ""]) -> bool:
+        """Whether this is the first timestep of the starting network; samplers start anew there."""
+        return bool(torch.isclose(t.double(), torch.tensor(self.t_star).double()))
+
+    def __call__(
+        self, x_t: Float[Tensor, "b ..."], t: Num[Tensor, " b"], cond: Cond
+    ) -> Float[Tensor, "b ..."]:
+        """The prediction of the one whose turn it is; all rows are at one timestep."""
+        above = bool(t[0] > self.t_star) and not self.hands_over_at(t[0])
+        return (self.tuned if above else self.base)(x_t, t, cond)
+
+
 def sample(
     denoiser: Denoiser,
     noise: Float[Tensor, "b ..."],
@@ -50,6 +87,7 @@ def sample(
     guidance_scale: float = 1.0,
     grad_steps: int = 0,
     checkpoint: bool = False,
+    after: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "b ..."]:
     """Latents drawn from the model, deterministic given the noise.
 
@@ -67,6 +105,7 @@ def sample(
         grad_steps: the last steps that keep a gradient, from 0; more than the grid has are all.
         checkpoint: keep no activations of these steps; each call of the network is made again in
             the backward pass. What is kept then grows with the latents alone.
+        after: called with the number of steps taken and the latents there.
     """
     steps = len(grid.timesteps)
     x = start = noise if grad_steps >= steps else noise.detach()
@@ -75,6 +114,8 @@ def sample(
     for i, t in enumerate(grid.timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - grad_steps):
             (alpha, alpha_end), (sigma, sigma_end) = grid.alphas[i], grid.sigmas[i]
+            if isinstance(denoiser, Stitched) and denoiser.hands_over_at(t):
+                previous = []  # what the tuned network saw says nothing about this one's course
             batch_t = t.to(x.device).expand(len(x))
             call = (denoiser, x, batch_t, cond, empty, guidance_scale)
             if checkpoint and torch.is_grad_enabled():
@@ -94,6 +135,8 @@ def sample(
             start = x
             x = sigma_end / sigma * x - alpha_end * torch.expm1(-h) * data
             previous = [*previous[-1:], x_0]
+        if after is not None:
+            after(i + 1, x)
     return x
 
 

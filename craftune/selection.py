@@ -8,6 +8,9 @@ A pool is one dense array `scores[rewards, groups, columns]`, columns = 1 + N: c
 prompt's image, the baseline, never selected; columns 1..N are its refined variants. All scores are
 against the original prompt (Eq. 3). Where a group has fewer images, `present` says so.
 
+With `SelectConfig.accept`, GRAFT's rejection sampling (see `acceptance`) takes the place of filter
+and k: every image competes by its composite, the plain prompt's too.
+
 Groups are worked on in blocks and in float64, whatever the scores' dtype: temporaries stay small,
 and a group of equal images gets advantage 0, not rounding noise divided by epsilon.
 """
@@ -15,7 +18,7 @@ and a group of equal images gets advantage 0, not rounding noise divided by epsi
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Literal, TypeAlias, TypeVar
 
@@ -24,6 +27,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from craftune.acceptance import AcceptConfig, Accepted, accept
 from craftune.scales import (
     Block,
     Map,
@@ -66,7 +70,8 @@ class Status(IntEnum):
     NOT_A_WINNER = 5
     CUT_BY_CAP = 6
     CUT_BY_K = 7
-    SELECTED = 8
+    NOT_ACCEPTED = 8
+    SELECTED = 9
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -110,10 +115,17 @@ class SelectConfig:
     placebo: bool = False
     """Control arm: shuffle the advantages among the selected, so that they say nothing."""
     seed: int = 0
-    """Of the random strategy and, separately, of the placebo, >= 0."""
+    """Of the random strategy and, separately, of the placebo and of [select.accept], >= 0."""
+    accept: AcceptConfig = field(default_factory=AcceptConfig)
+    """GRAFT's rejection sampling in place of filter, strategy, k and caps."""
 
     def __post_init__(self) -> None:
         filter_keys(self.filter)
+        if self.accept.rule != "off" and self.filter != "none":
+            raise ValueError(
+                f"select.filter must be 'none' where select.accept.rule is {self.accept.rule!r}, "
+                f"got {self.filter!r}"
+            )
         least = {"k": (self.k, 1), "per_prompt_cap": (self.per_prompt_cap, 0)}
         for key, (value, low) in {**least, "seed": (self.seed, 0)}.items():
             if value < low:
@@ -158,6 +170,10 @@ class Selection:
     by the filter; keys are names joined by "+"."""
     scales: dict[str, tuple[float, float]]
     """Reward -> (center, spread), to be stored with the run; empty for scales group and rank."""
+    log_kappa: Block
+    """The reshaped reward under `SelectConfig.accept`; NaN without it and in dropped groups."""
+    accept: dict[str, float] = field(default_factory=dict)
+    """"effective_size" and "divergence" of the accepted law; empty where none is."""
 
     @property
     def eligible(self) -> Mask:
@@ -171,7 +187,11 @@ class Selection:
 
 
 def select(
-    config: SelectConfig, names: Sequence[str], scores: Scores, present: Mask | None = None
+    config: SelectConfig,
+    names: Sequence[str],
+    scores: Scores,
+    present: Mask | None = None,
+    keys: Int[np.ndarray, "groups columns"] | None = None,
 ) -> Selection:
     """Filter the pool, rank what is left and take the training set from it.
 
@@ -182,9 +202,10 @@ def select(
         scores: higher is better, any unit, float32 or float64. A NaN or infinite score of a present
             image drops its whole group, as a missing baseline does; both are counted.
         present: which images exist; None = all of them.
+        keys: equal for duplicates, where `accept.rule` is "distinct".
 
     Raises:
-        NothingSelected: no candidate passes the filter.
+        NothingSelected: no candidate passes the filter, or none is accepted.
         ValueError: a name in the config is no reward; a used reward is constant over the pool; `k`
             holds no whole group; shapes disagree.
 
@@ -192,6 +213,9 @@ def select(
         Eq. 4 keeps groups or images (groups), images per prompt (one) and NaN (group dropped).
     """
     names, present = tuple(names), _check_pool(names, scores, present)
+    accepting = config.accept.rule != "off"
+    if accepting:  # where the plain prompt's image is a candidate like any other
+        config = replace(config, advantage_over="all", mode="image")
     variants = scores.shape[2] - 1
     if config.mode == "group" and config.k < variants:
         raise ValueError(f"select.k must hold one whole group of {variants} images, got {config.k}")
@@ -227,13 +251,19 @@ def select(
         funnel={},
         keeps={joined(names, part): 0 for part in sub_filters(rows)},
         scales=scales,
+        log_kappa=np.full_like(scores[0], np.nan),
     )
     for part in blocks(len(status), 8192):
         _judge(config, found, part, rows, [(weights[row], row, maps[row]) for row in weights])
+    if accepting:
+        found.status[usable] = Status.NOT_ACCEPTED
     if not found.eligible.any():
         raise NothingSelected(_nothing(config, found))
     _rank(config, found)
-    _take(config, found)
+    if accepting:
+        _accept(config, found, keys)
+    else:
+        _take(config, found)
     if config.placebo:
         rng = np.random.default_rng([config.seed, 1])
         found.advantage[found.selected] = rng.permutation(found.advantage[found.selected])
@@ -337,6 +367,28 @@ def _take(config: SelectConfig, found: Selection) -> None:
     cells = np.flatnonzero(eligible)
     taken = cells[_first(config, turn.ravel()[cells], config.k)]
     found.status.ravel()[taken] = Status.SELECTED
+
+
+def _accept(
+    config: SelectConfig, found: Selection, keys: Int[np.ndarray, "groups columns"] | None
+) -> None:
+    """GRAFT: every eligible image is a draw of its prompt, its composite the reward."""
+    cells = np.nonzero(found.eligible)
+    outcome: Accepted = accept(
+        config.accept,
+        found.composite[cells].astype(np.float64),
+        cells[0],
+        np.random.default_rng([config.seed, 2]),
+        None if keys is None else keys[cells],
+    )
+    if not outcome.taken.any():
+        raise NothingSelected(
+            f"select.accept.rule {config.accept.rule!r} accepts none of {len(outcome.taken)} "
+            f"images; their rewards reach {found.composite[cells].max():.4g}"
+        )
+    found.log_kappa[cells] = outcome.log_kappa
+    found.status[tuple(axis[outcome.taken] for axis in cells)] = Status.SELECTED
+    found.accept.update(effective_size=outcome.effective_size, divergence=outcome.divergence)
 
 
 def _turns(config: SelectConfig, rank: np.ndarray) -> np.ndarray:

@@ -191,8 +191,23 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Level:
+    """How noisy an example's latents are, and from where on they are trained on.
+
+    Attributes:
+        alpha: signal scale; 1 for clean latents.
+        sigma: noise scale; 0 for clean latents.
+        least: the lowest timestep (index of the schedule) that they are trained on at.
+    """
+
+    alpha: float = 1.0
+    sigma: float = 0.0
+    least: int = 0
+
+
+@dataclass(frozen=True)
 class Examples:
-    """Selected images, each with its weight. Fed to SFT, CRAFT and GRAFT."""
+    """Selected images, each with its weight. Fed to SFT, CRAFT, GRAFT and P-GRAFT."""
 
     latents: Float[Tensor, "b ..."]
     cond: Cond
@@ -200,11 +215,14 @@ class Examples:
     """Factor in the loss, as the method's `weigh` made it from the advantage."""
     std: Float[Tensor, "b ..."] | None = None
     """Where latents are the mean of what a VAE made of pictures: its standard deviation."""
+    level: Level = Level()
+    """Of all the latents."""
 
     def rows(self, index: Int[Tensor, " n"] | slice) -> "Examples":
         """Part of the batch: a micro-batch, or examples at these positions."""
         std = None if self.std is None else self.std[index]
-        return Examples(self.latents[index], self.cond.rows(index), self.weight[index], std)
+        latents, cond = self.latents[index], self.cond.rows(index)
+        return Examples(latents, cond, self.weight[index], std, self.level)
 
     def drawn(self, rng: torch.Generator) -> "Examples":
         """With latents drawn from their distribution, where they have one; the rng is the CPU's."""

@@ -10,15 +10,19 @@ from craftune.methods.alignprop import AlignProp
 from craftune.methods.craft import CRAFT
 from craftune.methods.denoising import NoiseLevels
 from craftune.methods.draft import DRaFT
+from craftune.methods.graft import GRAFT
+from craftune.methods.pgraft import PGRAFT as PGRAFT
 from craftune.methods.refl import ReFL
 from craftune.methods.sft import SFT
 
-FromExamples: TypeAlias = CRAFT | SFT
+FromExamples: TypeAlias = CRAFT | SFT | GRAFT | PGRAFT
 FromPrompts: TypeAlias = DRaFT | ReFL | AlignProp
 
 METHODS: dict[str, type[FromExamples | FromPrompts]] = {
     "craft": CRAFT,
     "sft": SFT,
+    "graft": GRAFT,
+    "pgraft": PGRAFT,
     "draft": DRaFT,
     "refl": ReFL,
     "alignprop": AlignProp,

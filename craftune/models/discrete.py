@@ -65,7 +65,12 @@ def discrete_grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
     """
     check_sampler(sampler, SAMPLERS)
     config = pipe.scheduler.config
-    grid = GRIDS[sampler](config, num_steps) if num_steps < config.num_train_timesteps else None
+    grid = None
+    if num_steps < config.num_train_timesteps:
+        ddim = sampler == "ddim"
+        grid = (
+            _ddim_grid(config, num_steps) if ddim else _multistep_grid(config, sampler, num_steps)
+        )
     if grid is None or grid.timesteps.diff().ge(0).any():
         raise UserError(
             f"generate.num_steps: {num_steps} are too many for this checkpoint's "
@@ -74,8 +79,24 @@ def discrete_grid(pipe: Any, sampler: str, num_steps: int) -> Grid:
     return grid
 
 
+def discrete_scheduler(config: Any, sampler: str) -> Any:
+    """diffusers' scheduler that draws as our sampler of this name does.
+
+    Raises:
+        UserError: the sampler is another family's.
+    """
+    check_sampler(sampler, SAMPLERS)
+    if sampler == "ddim":
+        return DDIMScheduler.from_config(config)
+    if sampler == "unipc":
+        return UniPCMultistepScheduler.from_config(config, final_sigmas_type="zero")
+    return DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+    )
+
+
 def _ddim_grid(config: Any, num_steps: int) -> Grid:
-    scheduler: Any = DDIMScheduler.from_config(config)
+    scheduler = discrete_scheduler(config, "ddim")
     alpha_bar, last = scheduler.alphas_cumprod.double(), scheduler.final_alpha_cumprod.double()
     scheduler.set_timesteps(num_steps)
     starts = scheduler.timesteps
@@ -87,24 +108,12 @@ def _ddim_grid(config: Any, num_steps: int) -> Grid:
     return Grid(starts, levels.sqrt().float(), (1 - levels).sqrt().float())
 
 
-def _dpm_grid(config: Any, num_steps: int) -> Grid:
-    scheduler: Any = DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
-    )
-    return _multistep_grid(scheduler, num_steps)
-
-
-def _unipc_grid(config: Any, num_steps: int) -> Grid:
-    scheduler: Any = UniPCMultistepScheduler.from_config(config, final_sigmas_type="zero")
-    return _multistep_grid(scheduler, num_steps)
-
-
-def _multistep_grid(scheduler: Any, num_steps: int) -> Grid:
+def _multistep_grid(config: Any, sampler: str, num_steps: int) -> Grid:
+    scheduler = discrete_scheduler(config, sampler)
     scheduler.set_timesteps(num_steps)
     ratios = scheduler.sigmas.double()  # sigma / alpha; karras and its like lie between timesteps
     alphas = (1 + ratios.square()).rsqrt()
     return Grid.chain(scheduler.timesteps, alphas.float(), (ratios * alphas).float())
 
 
-GRIDS = {"dpm++2m": _dpm_grid, "ddim": _ddim_grid, "unipc": _unipc_grid}
-SAMPLERS = tuple(GRIDS)
+SAMPLERS = ("dpm++2m", "ddim", "unipc")

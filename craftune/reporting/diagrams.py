@@ -139,6 +139,7 @@ def candidate_funnel(status: Mapping[str, int], select: Mapping[str, Any]) -> tu
         "removed_by_filter": f"in a group that filter {rule} removed",
         "not_a_winner": "that do not beat the baseline themselves",
         "cut_by_cap": f"over the cap of {select['per_prompt_cap']} per prompt",
+        "not_accepted": f"not accepted (rule {select.get('accept', {}).get('rule')})",
         "cut_by_k": f"beyond k = {select['k']} ({select['strategy']})",
     }
     losses = [(names.get(key, key), value) for key, value in status.items() if key != "selected"]

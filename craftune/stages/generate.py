@@ -1,6 +1,6 @@
 """Stage `generate`: prompts and rewrites -> the pool, Parquet shards of candidates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from craftune.progress import track
 from craftune.records import CANDIDATE, Prompt, Refined, read_rows, write_table
 from craftune.sampling import initial_noise, sample
 from craftune.seeds import stream_seed
+from craftune.stages.states import kept_states
 from craftune.types import Cond, Denoiser, Model
 
 
@@ -70,27 +71,43 @@ def generate(
 def draw_images(
     config: GenerateConfig, model: Model, denoiser: Denoiser, requests: list[Request], empty: Cond
 ) -> Iterator[dict[str, Any]]:
-    """The image (PNG) and final latents of each request, in order.
+    """The image (PNG), final latents and kept states of each request, in order.
 
     Args:
         denoiser: the model's own, or the one that is being tuned.
         empty: the encoded empty prompt, one row.
     """
+    grid = model.grid(sampler_of(config, model), config.num_steps)
     for start in range(0, len(requests), config.batch_size):
         batch = requests[start : start + config.batch_size]
-        latents = draw_latents(config, model, denoiser, batch, empty)
+        passed: dict[int, Tensor] = {}
+
+        def keep(after: int, latents: Tensor, passed: dict[int, Tensor] = passed) -> None:
+            if after in config.keep_states:
+                passed[after] = latents
+
+        latents = draw_latents(config, model, denoiser, batch, empty, keep)
         with torch.no_grad():
             pictures = to_pil(model.decode(latents))
-        for picture, latent in zip(pictures, latents.cpu().flatten(1), strict=True):
-            image = {"bytes": encode_png(picture), "path": None}
-            yield {"image": image, "latents": latent.numpy()}
+        rows = zip(pictures, latents.cpu().flatten(1), strict=True)
+        for row, (picture, latent) in enumerate(rows):
+            yield {
+                "image": {"bytes": encode_png(picture), "path": None},
+                "latents": latent.numpy(),
+                "states": kept_states(grid, passed, row),
+            }
 
 
 @torch.no_grad()
 def draw_latents(
-    config: GenerateConfig, model: Model, denoiser: Denoiser, batch: list[Request], empty: Cond
+    config: GenerateConfig,
+    model: Model,
+    denoiser: Denoiser,
+    batch: list[Request],
+    empty: Cond,
+    after: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "b ..."]:
-    """The final latents of one batch."""
+    """The final latents of one batch; `after` is told the latents after each step."""
     device = empty.tensors["tokens"].device
     distinct = list(dict.fromkeys(request.text for request in batch))
     where = torch.tensor([distinct.index(request.text) for request in batch], device=device)
@@ -106,6 +123,7 @@ def draw_latents(
         model.grid(sampler, config.num_steps),
         sampler=sampler,
         guidance_scale=scale,
+        after=after,
     )
 
 

@@ -13,6 +13,7 @@ from craftune.explain import reason
 from craftune.identities import one_identity_each
 from craftune.records import read_table, write_json, written
 from craftune.selection import NothingSelected, SelectConfig, Selection, Status, select
+from craftune.stages.keys import copies
 
 POOL_COLUMNS = ["id", "prompt_id", "prompt", "refined_prompt", "category", "variant", "sample"]
 
@@ -29,6 +30,7 @@ class Pool:
         names: of the rewards.
         scores: float32 `[rewards, groups, columns]`, NaN where a candidate has no score.
         present: `[groups, columns]`.
+        keys: `[groups, columns]`, equal for copies; None where none were asked for.
     """
 
     table: pa.Table
@@ -37,10 +39,14 @@ class Pool:
     present: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    keys: np.ndarray | None = None
 
 
-def load_pool(pool: Path, scores: Path) -> Pool:
+def load_pool(pool: Path, scores: Path, key: str = "") -> Pool:
     """Join the pool's shards with its scores.
+
+    Args:
+        key: the function that says which candidates are copies, see `stages.keys`; "" for none.
 
     Raises:
         UserError: a reward scored with two identities, a score names no candidate, or two
@@ -67,7 +73,10 @@ def load_pool(pool: Path, scores: Path) -> Pool:
     values[rewards.indices.to_numpy(), prompt[where], column[where]] = scored["value"].to_numpy()
     present = np.zeros(shape, bool)
     present[prompt, column] = True
-    return Pool(table, names, values, present, prompt, column)
+    keys = np.zeros(shape, np.int64) if key else None
+    if keys is not None:
+        keys[prompt, column] = copies(key, pool)
+    return Pool(table, names, values, present, prompt, column, keys)
 
 
 def choose(config: SelectConfig, pool: Path, scores: Path, out: Path) -> dict[str, int]:
@@ -81,9 +90,9 @@ def choose(config: SelectConfig, pool: Path, scores: Path, out: Path) -> dict[st
     Raises:
         UserError: nothing passes the filter, or the settings do not fit the pool.
     """
-    loaded = load_pool(pool, scores)
+    loaded = load_pool(pool, scores, config.accept.key)
     try:
-        found = select(config, loaded.names, loaded.scores, loaded.present)
+        found = select(config, loaded.names, loaded.scores, loaded.present, loaded.keys)
     except (NothingSelected, ValueError) as error:
         raise UserError(str(error)) from None
     _write_verdicts(config, loaded, found, out / "selection.parquet")
@@ -95,6 +104,7 @@ def choose(config: SelectConfig, pool: Path, scores: Path, out: Path) -> dict[st
             "scale": config.scale,
             "scales": {name: list(scale) for name, scale in found.scales.items()},
             "weights": {config.roles.get(k, k): w for k, w in config.weights.items()},
+            **({"accept": {"rule": config.accept.rule, **found.accept}} if found.accept else {}),
         },
     )
     return found.funnel
@@ -110,6 +120,7 @@ def _write_verdicts(config: SelectConfig, pool: Pool, found: Selection, path: Pa
         "gain": found.gain[at],
         "advantage": found.advantage[at],
         "passes": found.passes[pool.row],
+        **({"log_kappa": found.log_kappa[at]} if found.accept else {}),
         "eligible": found.eligible[at],
         "rank": found.rank[at],
         "selected": found.selected[at],

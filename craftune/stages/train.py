@@ -17,12 +17,13 @@ from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
 from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.images import decode, to_tensor
-from craftune.methods import FromExamples, FromPrompts
+from craftune.methods import PGRAFT, FromExamples, FromPrompts
 from craftune.processes import ALONE, Processes
 from craftune.records import read_table
 from craftune.seeds import stream
+from craftune.stages.states import at_level
 from craftune.training import train as run_loop
-from craftune.types import Cond, Encoded, Examples, Model
+from craftune.types import Cond, Encoded, Examples, Level, Model
 
 
 @runtime_checkable
@@ -192,7 +193,10 @@ def load_examples(
             "0; select more (select.k, select.filter) or use method.name = 'sft'"
         )
     chosen = chosen.filter(used.numpy())
-    encoded, guidance = _from_pool(pool, chosen["candidate"].to_pylist(), model)
+    names, level = chosen["candidate"].to_pylist(), Level()
+    encoded, guidance = _from_pool(pool, names, model)
+    if isinstance(method, PGRAFT):
+        encoded, level = at_level(method, model.denoiser.schedule, pool, names, encoded)
     cond = model.encode_prompts(chosen["prompt"].to_pylist())
     if model.guidance == "embedded":
         # The scale that an example was drawn with: there, it is the base network's own sample, so
@@ -203,6 +207,7 @@ def load_examples(
         cond=cond,
         weight=weight[used].to(device),
         std=None if encoded.std is None else encoded.std.to(device),
+        level=level,
     )
 
 

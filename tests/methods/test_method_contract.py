@@ -13,7 +13,12 @@ from craftune.seeds import stream
 from craftune.types import Draws, Examples, Method
 
 CASES = {
-    **{name: (name, {}) for name, kind in METHODS.items() if kind.fed_with == "examples"},
+    **{
+        name: (name, {"after": 1} if name == "pgraft" else {})
+        for name, kind in METHODS.items()
+        if kind.fed_with == "examples"
+    },
+    "pgraft restricted-t": ("pgraft", {"after": 1, "option": "restricted-t"}),
     **{f"craft {n}": ("craft", {"negatives": n}) for n in ("keep", "clip", "anchor")},
 }
 WEIGHT = torch.tensor([1.7, -0.6, 0.3, 1.2, -1.7, 0.9, 0.1, -0.2])
