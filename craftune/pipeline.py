@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +98,14 @@ def _check_selection(recipe: Recipe) -> None:
     names = recipe.score.rewards
     if not names:
         raise UserError("score.rewards: empty; name at least one reward")
+    scores = np.random.default_rng(0).normal(size=(len(names), 2, columns))
+    rule = recipe.select.accept.rule
+    if rule in ("binary", "distinct"):
+        scores = np.indices(scores.shape).sum(axis=0) % 2.0
+    # Which rewards a real pool holds is not known yet: none of them exceeds the ceiling here.
+    config = replace(recipe.select, accept=replace(recipe.select.accept, ceiling=None))
     try:
-        select(recipe.select, names, np.random.default_rng(0).normal(size=(len(names), 2, columns)))
+        select(config, names, scores, keys=np.zeros(scores.shape[1:], np.int64))
     except NothingSelected:
         pass  # what a real pool holds is not known yet
     except ValueError as error:
