@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from toy import chain, cosine_schedule
 
 from craftune.diffusion import Schedule, Target
-from craftune.methods import build
+from craftune.methods.graft import GRAFT
 from craftune.methods.pgraft import PGRAFT, above, noised_up
+from craftune.methods.sft import SFT
 from craftune.sampling import Stitched, sample
 from craftune.seeds import stream
 from craftune.types import Cond, Draws, Examples, Level
@@ -206,7 +207,7 @@ def test_timesteps_lie_above_t_star_and_reach_both_ends() -> None:
 
 def test_graft_s_step_is_supervised_fine_tuning() -> None:
     """Every accepted example counts 1, whatever its advantage; the loss is SFT's."""
-    graft, sft = build("graft", {}), build("sft", {})
+    graft, sft = GRAFT(), SFT()
     assert graft.weigh(torch.tensor([3.0, -1.0, math.nan])).tolist() == [1, 1, 1]
     batch = Examples(
         torch.randn(6, 1, generator=stream(0)), NOTHING.rows(slice(0, 6)), torch.ones(6)
