@@ -117,7 +117,7 @@ def main(words: list[str]) -> int:
     """Run the mistakes that hold a word, or all; returns how many went unnoticed."""
     chosen = [m for m in mistakes() if not words or any(w in m.what or w in m.file for w in words)]
     warm()
-    log = Path(tempfile.gettempdir()) / "craftune-mutants.log"
+    log = Path(tempfile.mkdtemp()) / "log"  # its own: others may plant at the same time
     missed, lines = 0, []
     for number, mistake in enumerate(chosen, 1):
         started = time.monotonic()

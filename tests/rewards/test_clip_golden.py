@@ -185,6 +185,17 @@ def test_the_differentiable_way_is_the_float_one(resize: Any) -> None:
     assert apart.max() < (0.016 if resize == "pil" else 1e-6)
 
 
+def test_only_what_upstream_keeps_in_bytes_is_cut_to_their_range() -> None:
+    """Bicubic overshoots at an edge from black to white."""
+    edge = torch.zeros(1, 3, 300, 300)
+    edge[..., 150:] = 1
+    cut = MiddleSquare(resize="pil").differentiable(edge)
+    kept = MiddleSquare(resize="tensor").differentiable(edge)
+    assert (cut.min(), cut.max()) == (0, 1)
+    assert kept.min() < 0
+    assert kept.max() > 1
+
+
 def folded_head() -> dict[str, Tensor]:
     """The real head in the published layout: its fold in the first layer, handed through."""
     d = golden("aes_head_folded")
