@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # prompts hold what not every terminal can show
     with _stoppable() as received:
         try:
-            status = _run(options)
+            status = _run(options, received)
             sys.stdout.flush()
             return status
         except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, received: list[int]) -> int:
     from craftune import commands
     from craftune.errors import EndedElsewhere, UserError
 
@@ -98,13 +98,18 @@ def _run(options: argparse.Namespace) -> int:
             f"{where}{error.strerror or error}; finished work is kept, mend this and run the same "
             "command again"
         )
+    if received:  # a library that was stopped while it read a file calls the file damaged
+        raise KeyboardInterrupt
     print("craftune: " + " ".join(message.split("\n")), file=sys.stderr)
     return 2
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """SIGTERM, as batch systems send it, stops as Ctrl-C does; yields the signals received."""
+    """SIGTERM, as batch systems send it, stops as Ctrl-C does; yields the signals received.
+
+    What is ignored, as Ctrl-C is under nohup, stays ignored.
+    """
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -112,11 +117,15 @@ def _stoppable() -> Iterator[list[int]]:
         received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    heeded = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        heeded.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
