@@ -129,8 +129,9 @@ def main(words: list[str]) -> int:
     if not words:
         head = (
             "# Planted mistakes\n\n"
-            "One at a time, in a copy of the package; `python tests/mutants.py` plants them again\n"
-            "and writes this table. The last column is the first test that fails.\n\n"
+            "One at a time, or several in unrelated modules at once, in a copy of the package;\n"
+            "`python tests/mutants.py` plants them again and writes this table. "
+            "The last column is the first test that fails.\n\n"
             f"{len(chosen) - missed} of {len(chosen)} are caught.\n\n"
             "| | mistake | file below `craftune/` | caught by |\n|---|---|---|---|\n"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.types import Denoiser, Draws, Examples
+from craftune.types import Denoiser, Draws, Examples, Metrics
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -96,6 +96,15 @@ def predict(
     x_t = schedule.add_noise(x_0, draws.noise, draws.t)
     target = schedule.training_target(x_0, draws.noise, draws.t)
     return denoiser(x_t, draws.t, batch.cond).float(), target.float()
+
+
+def plain_loss(
+    noise: NoiseLevels, policy: Denoiser, batch: Examples, draws: Draws
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """Mean weighted squared error of the prediction, and scalars to log, for SFT and GRAFT."""
+    error = squared_error(*predict(policy, batch, draws))
+    loss = (noise.weight(policy.schedule, draws.t) * batch.weight * error).mean()
+    return loss, {"loss": loss.item(), "error": error.mean().item()}
 
 
 def squared_error(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.denoising import NoiseLevels, predict, squared_error
+from craftune.methods.denoising import NoiseLevels, plain_loss
 from craftune.types import Denoiser, Draws, Examples, Metrics
 
 
@@ -53,9 +53,7 @@ class GRAFT:
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """E || prediction - target ||^2 under the accepted law."""
         del reference
-        error = squared_error(*predict(policy, batch, draws))
-        loss = (self.noise.weight(policy.schedule, draws.t) * batch.weight * error).mean()
-        return loss, {"loss": loss.item(), "error": error.mean().item()}
+        return plain_loss(self.noise, policy, batch, draws)
 
     def check(self, metrics: Metrics) -> None:
         """Nothing beyond the loop's own checks."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.denoising import NoiseLevels, predict, squared_error
+from craftune.methods.denoising import NoiseLevels, plain_loss
 from craftune.types import Denoiser, Draws, Examples, Metrics
 
 
@@ -46,9 +46,7 @@ class SFT:
     ) -> tuple[Float[Tensor, ""], Metrics]:
         """Mean squared error of the prediction."""
         del reference
-        error = squared_error(*predict(policy, batch, draws))
-        loss = (self.noise.weight(policy.schedule, draws.t) * batch.weight * error).mean()
-        return loss, {"loss": loss.item(), "error": error.mean().item()}
+        return plain_loss(self.noise, policy, batch, draws)
 
     def check(self, metrics: Metrics) -> None:
         """Nothing beyond the loop's own checks."""

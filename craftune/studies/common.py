@@ -1,11 +1,14 @@
 """What the studies share: the loop's settings, and means over seeds with their intervals."""
 
+import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from craftune.config import TrainConfig
+from craftune.records import write_json
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,17 @@ def loop(steps: int, learning_rate: float, batch_size: int = 64) -> TrainConfig:
         save_every=steps,
         gradient_checkpointing=False,
     )
+
+
+def command(name: str, study: Callable[[int], dict[str, Any]]) -> None:
+    """The command line of a study: run it over seeds, write its table, print the means."""
+    parser = argparse.ArgumentParser(description=f"GRAFT on {name}: a study")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(f"runs/{name}.json"))
+    options = parser.parse_args()
+    result = study(options.seeds)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, result)
+    for arm, found in result["arms"].items():
+        shown = "  ".join(f"{key} {value['mean']:.3f}" for key, value in found.items())
+        print(f"{arm:10s} {shown}")

@@ -8,7 +8,6 @@ rectified flow draws all of them together, given how many boxes are wanted. Page
 same number are a group, as images of one prompt are: the training is the library's own SFT.
 """
 
-import argparse
 import copy
 import random
 import tempfile
@@ -23,11 +22,10 @@ from torch import Tensor
 
 from craftune.acceptance import AcceptConfig, accept
 from craftune.methods.sft import SFT
-from craftune.records import write_json
 from craftune.rows import RowDenoiser, RowNetwork
 from craftune.sampling import sample
 from craftune.seeds import stream, stream_seed
-from craftune.studies.common import loop, spreads
+from craftune.studies.common import command, loop, spreads
 from craftune.studies.flow import euler_grid, flow_schedule
 from craftune.studies.pages import (
     CLASSES,
@@ -190,19 +188,5 @@ def study(seeds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the study and write its table."""
-    parser = argparse.ArgumentParser(description="GRAFT on layouts: a study")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/layouts.json"))
-    options = parser.parse_args()
-    result = study(options.seeds)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, result)
-    for name, found in result["arms"].items():
-        shown = "  ".join(f"{key} {value['mean']:.3f}" for key, value in found.items())
-        print(f"{name:10s} {shown}")
-
-
 if __name__ == "__main__":
-    main()
+    command("layouts", study)

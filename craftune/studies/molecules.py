@@ -8,18 +8,15 @@ recurrent network that learnt from small molecules of the NCI list that RDKit sh
 `pip install craftune[molecules]`.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from craftune.acceptance import AcceptConfig, accept
-from craftune.records import write_json
 from craftune.seeds import stream, stream_seed
-from craftune.studies.common import spreads
+from craftune.studies.common import command, spreads
 from craftune.studies.smiles import canonical, known_molecules, letters, measure, stable
 from craftune.studies.smiles import written_anew as anew
 from craftune.studies.writer import Alphabet, Writer, learn, new_writer
@@ -99,19 +96,5 @@ def study(seeds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the study and write its table."""
-    parser = argparse.ArgumentParser(description="GRAFT on molecules: a study")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/molecules.json"))
-    options = parser.parse_args()
-    result = study(options.seeds)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out, result)
-    for name, found in result["arms"].items():
-        shown = "  ".join(f"{key} {value['mean']:.3f}" for key, value in found.items())
-        print(f"{name:10s} {shown}")
-
-
 if __name__ == "__main__":
-    main()
+    command("molecules", study)
