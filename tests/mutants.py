@@ -1,9 +1,11 @@
 """Plant mistakes in the numeric core, one at a time, and see which test catches each.
 
-    python tests/mutants.py            runs all, writes tests/PLANTED.md; about ten minutes
+    python tests/mutants.py            runs all; about two hours on one core
     python tests/mutants.py sampling   runs those whose name or file holds this word
+    python tests/mutants.py --new      runs those without a result in tests/PLANTED.md
 
-The mistakes are in mutants.txt, each a replacement in one file of a copy of the package.
+The mistakes are in mutants.txt, each a replacement in one file of a copy of the package. Every
+result is written to tests/PLANTED.md at once; those of other mistakes stay.
 Libraries are imported once, then every mistake gets a process of its own.
 """
 
@@ -17,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PLANTED = ROOT / "tests" / "PLANTED.md"
+NOTHING, UNKNOWN, MISPLACED = "NOTHING", "not noted yet", "NOT PLANTED"
+"""Caught by no test; not tried yet; the text to replace is not there once."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def caught_by(mistake: Mistake | None, tests: str, log: Path) -> list[str]:
             path = copy / "craftune" / mistake.file
             text = path.read_text()
             if text.count(mistake.right) != 1:
-                return [f"NOT PLANTED: {text.count(mistake.right)} places"]
+                return [f"{MISPLACED}: {text.count(mistake.right)} places"]
             path.write_text(text.replace(mistake.right, mistake.wrong))
         child = os.fork()
         if child == 0:
@@ -113,29 +118,46 @@ def _run(copy: Path, tests: str, log: Path) -> None:
         os._exit(int(code))
 
 
+def noted() -> dict[tuple[str, str], str]:
+    """What tests/PLANTED.md holds: mistake and file -> what caught it."""
+    rows = (line.strip("| ").split(" | ") for line in PLANTED.read_text().splitlines())
+    return {(row[0], row[1].strip("`")): row[2] for row in rows if len(row) == 3 and "`" in row[1]}
+
+
+def write_table(found: dict[tuple[str, str], str]) -> None:
+    """tests/PLANTED.md, with a row per mistake of mutants.txt."""
+    rows = [(m, found.get((m.what, m.file), UNKNOWN)) for m in mistakes()]
+    count = {kind: sum(by == kind for _, by in rows) for kind in (NOTHING, UNKNOWN)}
+    caught = len(rows) - sum(count.values()) - sum(by.startswith(MISPLACED) for _, by in rows)
+    head = (
+        "# Planted mistakes\n\nOne at a time in a copy of the package; `python tests/mutants.py` "
+        "plants them again and writes this table.\nThe last column is the first test that fails."
+        f"\n\n{caught} of {len(rows)} were caught when they were last planted, {count[NOTHING]} "
+        f"were not ({NOTHING}); of {count[UNKNOWN]} no result is noted yet.\n\n"
+        "| mistake | file below `craftune/` | caught by |\n|---|---|---|\n"
+    )
+    PLANTED.write_text(head + "".join(f"| {m.what} | `{m.file}` | {by} |\n" for m, by in rows))
+
+
 def main(words: list[str]) -> int:
     """Run the mistakes that hold a word, or all; returns how many went unnoticed."""
-    chosen = [m for m in mistakes() if not words or any(w in m.what or w in m.file for w in words)]
+    chosen = mistakes()
+    if words == ["--new"]:
+        chosen = [m for m in chosen if noted().get((m.what, m.file), UNKNOWN) == UNKNOWN]
+    elif words:
+        chosen = [m for m in chosen if any(w in m.what or w in m.file for w in words)]
     warm()
     log = Path(tempfile.mkdtemp()) / "log"  # its own: others may plant at the same time
-    missed, lines = 0, []
-    for number, mistake in enumerate(chosen, 1):
+    missed = 0
+    for mistake in chosen:
         started = time.monotonic()
         found = caught_by(mistake, mistake.tests, log)
-        missed += not found or found[0].startswith("NOT PLANTED")
-        by = ", ".join(f.replace("::", " ") for f in found) or "NOTHING"
-        lines.append(f"| {number} | {mistake.what} | `{mistake.file}` | {by} |")
-        print(lines[-1], f"{time.monotonic() - started:.1f} s", flush=True)
-    if not words:
-        head = (
-            "# Planted mistakes\n\n"
-            "One at a time, or several in unrelated modules at once, in a copy of the package;\n"
-            "`python tests/mutants.py` plants them again and writes this table. "
-            "The last column is the first test that fails.\n\n"
-            f"{len(chosen) - missed} of {len(chosen)} are caught.\n\n"
-            "| | mistake | file below `craftune/` | caught by |\n|---|---|---|---|\n"
+        missed += not found or found[0].startswith(MISPLACED)
+        by = ", ".join(f.replace("::", " ") for f in found) or NOTHING
+        write_table(noted() | {(mistake.what, mistake.file): by})
+        print(
+            f"{mistake.file}: {mistake.what}: {by}, {time.monotonic() - started:.1f} s", flush=True
         )
-        (ROOT / "tests" / "PLANTED.md").write_text(head + "\n".join(lines) + "\n")
     return missed
 
 
