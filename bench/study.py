@@ -76,7 +76,9 @@ def main() -> None:
     folders: dict[str, list[Path]] = {name: [] for name in arms}
     for seed in range(options.seeds):
         for name, overrides in arms.items():
-            folders[name].append(run_arm(options.recipe, kind, seed, name, common + overrides))
+            given = [*common, *overrides, f"run.seed={seed}", f"select.seed={seed}"]
+            out = f"runs/study/{kind}-{seed}"
+            folders[name].append(run_arm(options.recipe, out, "pool", name, given))
     table = {name: summary(paths, folders.get("random")) for name, paths in folders.items()}
     base = load_recipe(options.recipe, common)
     result = {"prompts": kind, "seeds": options.seeds, "recipe": _settings(base), "arms": table}
@@ -86,26 +88,38 @@ def main() -> None:
     print(markdown(result))
 
 
-def run_arm(recipe: Path, kind: str, seed: int, name: str, overrides: list[str]) -> Path:
-    """One arm's run folder, made unless it exists; the pool comes from the first arm's."""
-    slug = name.replace(", ", "-").replace(" ", "-")
-    given = [f"run.name={kind}-{seed}-{slug}", "run.out=runs/study", f"run.seed={seed}"]
-    arm = load_recipe(recipe, [*overrides, *given, f"select.seed={seed}"])
-    folder, pool = pipeline.run_folder(arm), Path(f"runs/study/{kind}-{seed}-pool")
+def run_arm(recipe: Path, out: str, pool: str, name: str, overrides: list[str]) -> Path:
+    """One arm's run folder, made unless it exists; the pool comes from the first arm's of its name.
+
+    Args:
+        out: path of the run folders up to and without "-<arm>".
+        pool: arms with the same name here share a pool; all share the base's images.
+        overrides: of the recipe.
+    """
+    prefix, slug = Path(out), name.replace(", ", "-").replace(" ", "-").replace("*", "")
+    given = [f"run.name={prefix.name}-{slug}", f"run.out={prefix.parent}"]
+    arm = load_recipe(recipe, [*overrides, *given])
+    folder, drawn, base = pipeline.run_folder(arm), Path(f"{out}-{pool}"), Path(f"{out}-pool")
     if not (stage_folder(folder, "report") / "done.json").is_file():
-        _share(pool, folder)
+        _share_pool(drawn, folder)
+        _share_base(base, folder)
         print(f"== {folder.name}", flush=True)
         pipeline.run(arm)
-        _share(folder, pool)
+        _share_pool(folder, drawn)
+        _share_base(folder, base)
     return folder
 
 
-def _share(source: Path, target: Path) -> None:
-    """Hard-link the pool and the base's evaluation images from one run folder to another."""
+def _share_pool(source: Path, target: Path) -> None:
+    """Hard-link the stages up to the pool's scores from one run folder to another."""
     for name in SHARED:
         here, there = stage_folder(source, name), stage_folder(target, name)
         if (here / "done.json").is_file() and not there.exists():
             shutil.copytree(here, there, copy_function=_link)
+
+
+def _share_base(source: Path, target: Path) -> None:
+    """Hard-link the base's evaluation images from one run folder to another."""
     here, there = stage_folder(source, "evaluate"), stage_folder(target, "evaluate")
     there.mkdir(parents=True, exist_ok=True)
     for file in here.glob("*-base-*.parquet"):
@@ -118,14 +132,21 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def values(folder: Path, model: str) -> dict[str, np.ndarray]:
-    """Reward -> mean per prompt, prompts in order of id; "composite" and "diversity" among them."""
+    """Reward -> mean per prompt, prompts in order of id; with the composite of the selection."""
+    selection = read_json(stage_folder(folder, "select") / "selection.json")
+    return per_prompt(folder, model, selection["weights"], selection["scales"])
+
+
+def per_prompt(
+    folder: Path, model: str, weights: dict[str, float], scales: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Reward -> mean per prompt, prompts in order of id; with "composite"."""
     rows = read_table(stage_folder(folder, "evaluate").glob(f"scores-{model}-*.parquet"))
     rows = rows.sort_by([("prompt_id", "ascending"), ("sample", "ascending")])
     names = rows["reward"].to_numpy()
     per_image = {n: rows["value"].to_numpy()[names == n].astype(float) for n in sorted(set(names))}
     ids = rows["prompt_id"].to_numpy()[names == names[0]]
-    selection = read_json(stage_folder(folder, "select") / "selection.json")
-    per_image["composite"] = composite(per_image, selection["weights"], selection["scales"])
+    per_image["composite"] = composite(per_image, weights, scales)
     _, where = np.unique(ids, return_inverse=True)
     return {n: np.bincount(where, v) / np.bincount(where) for n, v in per_image.items()}
 
@@ -133,11 +154,11 @@ def values(folder: Path, model: str) -> dict[str, np.ndarray]:
 def summary(folders: list[Path], random: list[Path] | None) -> dict[str, Any]:
     """Means over seeds and prompts, and differences to base and to random with intervals."""
     tuned = [values(folder, "tuned") for folder in folders]
-    found: dict[str, Any] = {"tuned": _means(tuned)}
-    found["over base"] = _differences(tuned, [values(folder, "base") for folder in folders])
+    found: dict[str, Any] = {"tuned": means(tuned)}
+    found["over base"] = differences(tuned, [values(folder, "base") for folder in folders])
     if random is not None and random != folders:
-        found["over random"] = _differences(tuned, [values(folder, "tuned") for folder in random])
-    found["base"] = _means([values(folder, "base") for folder in folders])
+        found["over random"] = differences(tuned, [values(folder, "tuned") for folder in random])
+    found["base"] = means([values(folder, "base") for folder in folders])
     found["tuned per seed"] = {n: [float(s[n].mean()) for s in tuned] for n in tuned[0]}
     reports = [read_json(stage_folder(f, "report") / "report.json") for f in folders]
     ratios = [r["diversity"]["ratio"]["mean"] for r in reports if r["diversity"].get("ratio")]
@@ -147,11 +168,12 @@ def summary(folders: list[Path], random: list[Path] | None) -> dict[str, Any]:
     return found
 
 
-def _means(seeds: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def means(seeds: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Mean over seeds and prompts, by measure."""
     return {name: float(np.mean([s[name].mean() for s in seeds])) for name in seeds[0]}
 
 
-def _differences(
+def differences(
     ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]]
 ) -> dict[str, list[float]]:
     """Mean, low and high; the bootstrap resamples run seeds and prompts (10,000 times)."""
