@@ -39,8 +39,8 @@ COMMON = [
 ]
 """Differs from recipes/demo.toml in all arms."""
 PLAIN = ["refine.by=none", "generate.keep_states=[2, 5, 8]", "select.filter=none"]
-BEST = [*PLAIN, "select.roles={}", "select.accept={ rule = 'top-k', k = 1 }"]
-GRADIENT = ["train.batch_size=16", "select.roles={}", "select.filter=none"]
+BEST = [*PLAIN, "select.accept={ rule = 'top-k', k = 1 }"]
+GRADIENT = ["train.batch_size=16", "select.filter=none"]
 
 
 def _objective(**settings: object) -> str:
