@@ -15,6 +15,7 @@ from craftune.models.files import loading_arguments
 from craftune.processes import ALONE, Processes, joined
 from craftune.recipes import load_recipe
 from craftune.records import read_json
+from craftune.reporting.units import in_tables
 from craftune.runs import stage_folder
 from craftune.scoring.verify import verify_reward
 from craftune.selection import NothingSelected, SelectConfig, select
@@ -37,7 +38,7 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
         print(stage_folder(folder, stage))
         return
     model, report = stage_folder(folder, "train") / "model", stage_folder(folder, "report")
-    found = read_json(report / "report.json")
+    found = in_tables(read_json(report / "report.json"))
     print(found["conclusion"], *(f"  {line}" for line in found["headline"]), "", sep="\n")
     print(f"report: {report / 'report.html'}")
     print(f"model:  {model}")

@@ -124,7 +124,6 @@ class Reward:
         inputs: how the network sees a picture; None where `score` needs the picture itself.
         score_inputs: inputs, stacked, and prompts -> what `score` gives; None without `inputs`.
         limit: how much of a prompt is read; None where all of it is.
-        display_scale: tables in papers show the score times this; stored and shown scores are raw.
     """
 
     name: str
@@ -135,7 +134,6 @@ class Reward:
     inputs: Inputs | None = None
     score_inputs: Callable[[Tensor, list[str]], Tensor] | None = None
     limit: PromptLimit | None = None
-    display_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from craftune.models import EMBEDDED
 from craftune.models.files import loading_arguments
 from craftune.reporting import wording
 from craftune.reporting.summary import settings
+from craftune.reporting.units import in_tables
 
 PIPELINES = {
     "sd": "StableDiffusionPipeline",
@@ -194,7 +195,12 @@ def _data(run: Trained) -> str:
 def _evaluation(run: Trained) -> str:
     if run.report is None:
         return "This run has not been evaluated.\n"
-    report = run.report
+    return evaluation_table(run.report)
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """Every measure of a report.json, in the units of `reporting.units`."""
+    report = in_tables(report)
     lines = [
         f"{report['conclusion']} On {report['prompts']:,} held-out prompts, the same noise for "
         "both models; 95 % paired-bootstrap intervals over prompts.",

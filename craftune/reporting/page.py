@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from craftune.models.files import loading_arguments
-from craftune.reporting import charts, comparison, diagrams, examples, wording
+from craftune.reporting import charts, comparison, diagrams, examples, units, wording
 from craftune.reporting.read import Run
 from craftune.runs import stage_folder
 
@@ -31,12 +32,13 @@ UNDRAWN = ("step", "seconds", "learning_rate")
 
 
 def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> str:
-    """The whole page.
+    """The whole page, rewards in the units of `units`.
 
     Args:
         summary: the content of report.json.
         costs: the content of costs.json.
     """
+    summary = units.in_tables(summary)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -86,7 +88,7 @@ def primary(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _comparison(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What the sections on base and tuned show."""
-    pairs, evaluation = comparison.measures(run), run.evaluation
+    pairs, evaluation = units.pairs_in_tables(comparison.measures(run)), run.evaluation
     entries = [summary["composite"], *summary["rewards"]]
     first = primary(entries)
     headline = [entry for entry in entries if entry["role"] != "training"]
@@ -120,6 +122,7 @@ def _comparison(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
 def _pool(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What the sections on prompts, filters and chosen samples show."""
     entries = {entry["name"]: entry for entry in [summary["composite"], *summary["rewards"]]}
+    run = replace(run, pool=units.pool_in_tables(run.pool))
     of_pool = {name: entries[name] for name in ["composite", *run.pool]}
     chosen = examples.selected_rows(run, run.recipe["report"]["gallery"])
     refused = examples.refused_rows(run)

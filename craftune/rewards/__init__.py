@@ -145,6 +145,12 @@ def load(name: str, device: torch.device = CPU, settings: Settings | None = None
     return _loaded(name, device, entry.configured(name, (settings or {}).get(name, {})))
 
 
+def display_scale(name: str) -> float:
+    """What tables multiply a reward's stored scores by; 1 but for published rewards that say so."""
+    entry = REWARDS.get(name)
+    return entry.display_scale if isinstance(entry, Published) else 1.0
+
+
 def unload() -> None:
     """Forget all loaded rewards; their memory is free once nobody holds them."""
     _loaded.cache_clear()

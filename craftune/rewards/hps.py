@@ -82,7 +82,6 @@ def hps(name: str) -> Published:
             dtype,
             bytes_per_image=bytes_per_image(model),
             limit=tokenizer.limit(),
-            display_scale=100.0,
         )
 
     return Published(
@@ -93,6 +92,7 @@ def hps(name: str) -> Published:
         source=f"xswu/HPSv2, {FILES[name]}",
         licence="Apache-2.0",
         download="2.0 GB",
+        display_scale=100.0,
     )
 
 

@@ -32,7 +32,6 @@ def network_reward(
     bytes_per_image: int,
     uses_prompt: bool = True,
     limit: PromptLimit | None = None,
-    display_scale: float = 1.0,
 ) -> Reward:
     """The reward whose number `judge` gives.
 
@@ -76,7 +75,6 @@ def network_reward(
         inputs,
         score_inputs,
         limit,
-        display_scale,
     )
 
 

@@ -30,6 +30,7 @@ class Published:
         source: where the weights are published.
         licence: of the weights.
         download: how much, e.g. "3.9 GB".
+        display_scale: tables show the score times this, as papers do; stored scores are raw.
     """
 
     about: str
@@ -39,6 +40,7 @@ class Published:
     source: str
     licence: str
     download: str
+    display_scale: float = 1.0
 
     def configured(self, name: str, given: Mapping[str, Any]) -> Any:
         """The settings, checked.

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from craftune import rewards
 from craftune.types import Reward
 
 BINS = 12
@@ -31,16 +32,20 @@ def values_of(scores: Path, reward: str) -> np.ndarray:
 
 
 def summary(scores: Path, loaded: Sequence[Reward]) -> str:
-    """Table and histograms of a file of scores."""
-    values = {reward.name: values_of(scores, reward.name) for reward in loaded}
+    """Table and histograms of a file of scores, in the units of papers' tables, which it names."""
+    values = dict(_shown(scores, reward.name) for reward in loaded)
     lines = [f"{'':{NAME}}{'images':>10}" + "".join(f"{head:>9}" for head in HEADS)]
     lines += [_row(name, found) for name, found in values.items()]
-    for reward in loaded:
-        if len(values[reward.name]):
-            lines += ["", _shortened(reward.name, 80), *histogram(values[reward.name])]
-        if reward.display_scale != 1:
-            lines.append(f"  (raw; tables in papers show it times {reward.display_scale:g})")
+    for name, found in values.items():
+        if len(found):
+            lines += ["", _shortened(name, 80), *histogram(found)]
     return "\n".join(lines)
+
+
+def _shown(scores: Path, reward: str) -> tuple[str, np.ndarray]:
+    """A reward's name and numbers for people: "hpsv2.1 x100" where the file has raw ones."""
+    scale, values = rewards.display_scale(reward), values_of(scores, reward)
+    return (reward, values) if scale == 1 else (f"{reward} x{scale:g}", scale * values)
 
 
 def _row(name: str, values: np.ndarray) -> str:

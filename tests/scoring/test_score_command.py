@@ -187,7 +187,15 @@ def test_published_rewards_equal_the_ones_in_memory(place: Path) -> None:
         values = rewards.load(name, settings=given).score(pictures, prompts).tolist()
         written = found(place / "scores.parquet", name)
         assert list(written.values()) == pytest.approx(values, rel=1e-5, abs=1e-6)
-    assert "times 100" in answer.out
+    hps = list(found(place / "scores.parquet", "hpsv2.1").values())
+    rows = [line.split() for line in answer.out.splitlines() if line.startswith("hpsv2.1 x100 ")]
+    mean, std, low, _, high = map(float, rows[0][3:])
+    assert (mean, std) == pytest.approx((100 * np.mean(hps), 100 * np.std(hps)), abs=1e-2)
+    assert (low, high) == pytest.approx((100 * min(hps), 100 * max(hps)), abs=1e-2)
+    lines = answer.out.splitlines()
+    first_bin = lines[lines.index("hpsv2.1 x100") + 1].split()
+    assert float(first_bin[0]) == pytest.approx(100 * min(hps), abs=1e-2)
+    assert "pickscore x" not in answer.out
 
 
 # --- what is rejected --------------------------------------------------------------------------
