@@ -8,8 +8,9 @@ Every arm starts from the same weights, trains all of them with the same optimiz
 average for the same number of updates, aims at the same composite of three rewards, learns from
 2,000 images that it draws, and is compared on the same held-out prompts with the same noise. Those
 with a pool learn from 8,000 noised examples; DRaFT-K (K = 2) and DRaFT-LV (n = 2) differentiate
-8,000 calls of the network, guidance's branches counted each; DRaFT-1 and ReFL 4,000. CRAFT
-rewrites its prompts; the other pools are of the plain ones. Two rewards are held out.
+8,000 calls of the network, guidance's branches counted each; DRaFT-1 and ReFL 4,000. "DRaFT-LV
+half" draws half the images, so that it takes as many reward gradients as DRaFT-1. CRAFT rewrites
+its prompts; the other pools are of the plain ones. Two rewards are held out.
 
 Finished arms are skipped: it can be killed and started again. An arm's time is of its own folder,
 the pool's included.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from line_charts import Panel, picture
 from study import differences, means, per_prompt, run_arm
 
 from craftune.records import read_json, write_json, write_text
@@ -59,12 +61,22 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "P-GRAFT 8": ("plain", [*BEST, "method.name=pgraft", "method.settings={ after = 8 }"]),
     "DRaFT-1": ("prompts", [*GRADIENT, "method.name=draft", _objective()]),
     "DRaFT-LV": ("prompts", [*GRADIENT, "method.name=draft", _objective(repeats=2)]),
+    "DRaFT-LV half": (
+        "prompts",
+        [*GRADIENT, "train.batch_size=8", "method.name=draft", _objective(repeats=2)],
+    ),
     "DRaFT-K": ("prompts", [*GRADIENT, "method.name=draft", _objective(grad_steps=2)]),
     "ReFL": ("prompts", [*GRADIENT, "method.name=refl", _objective(guided=True)]),
 }
 """Name -> whose pool it learns from, and what differs from the recipe."""
-RATES: dict[str, str] = {}
-"""Arm -> learning rate, chosen on the validation prompts with run seed 10; 3e-4 where left out."""
+RATES = {"CRAFT": "1e-3", "GRAFT": "1e-3"} | {f"P-GRAFT {after}": "1e-3" for after in (2, 5, 8)}
+"""Arm -> learning rate, 3e-4 where left out: of 1e-4, 3e-4 and 1e-3 the one with the highest
+training reward on 120 validation prompts with run seed 10. P-GRAFT has GRAFT's, -K and -LV have
+DRaFT-1's; CRAFT's 1e-4 was not tried."""
+
+
+WINDOW = 20
+"""Updates whose mean training reward is one point of a curve."""
 
 
 def main() -> None:
@@ -102,6 +114,9 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result)
     write_text(options.out.with_suffix(".md"), markdown(result))
+    for name, panels in (("draft", draft_panels(result)), ("graft", graft_panels(result))):
+        if panels[0].series:
+            write_text(options.out.with_name(f"{name}-curve.svg"), picture(panels))
     print(markdown(result))
 
 
@@ -120,12 +135,27 @@ def summary(folders: list[Path]) -> dict[str, Any]:
         "per seed": {name: [float(seed[name].mean()) for seed in tuned] for name in tuned[0]},
         "diversity": {"mean": float(np.mean(ratios)), "per seed": ratios},
         "seconds": float(np.mean([_seconds(folder) for folder in folders])),
+        "budget": budget(folders[0]),
     }
     if "reward" in rows[0][0]:
         found["training reward by update"] = np.mean(
             [[row["reward"] for row in log] for log in rows], axis=0
         ).tolist()
     return found
+
+
+def budget(folder: Path) -> dict[str, int]:
+    """Images drawn to learn from, network calls and reward calls with a gradient."""
+    recipe = read_json(folder / "run.json")
+    examples = recipe["train"]["steps"] * recipe["train"]["batch_size"]
+    pool = stage_folder(folder, "generate") / "done.json"
+    if pool.is_file():
+        drawn = read_json(pool)["counts"]["candidates"]
+        return {"images": drawn, "network gradients": examples, "reward gradients": 0}
+    settings = recipe["method"]["settings"]
+    again = settings.get("repeats") or 1
+    calls = 2 * examples * again * settings.get("grad_steps", 1)  # two branches of guidance
+    return {"images": examples, "network gradients": calls, "reward gradients": examples * again}
 
 
 def _seconds(folder: Path) -> float:
@@ -150,12 +180,13 @@ def markdown(result: dict[str, Any]) -> str:
         f"Means over {len(result['seeds'])} run seeds and the {result['prompts']} prompts, "
         "and the difference to the base [95 % interval over seeds and prompts].",
         "",
-        "| method | " + " | ".join(heads) + " | diversity over base | seconds |",
-        "|---" * (len(heads) + 3) + "|",
+        "| method | " + " | ".join(heads) + " | diversity over base | images drawn "
+        "| network gradients | reward gradients | seconds |",
+        "|---" * (len(heads) + 6) + "|",
     ]
     base = next(iter(result["arms"].values()))["base"]
     cells = [f"{base[name] * times:.2f}" for name, (_, times) in COLUMNS.items()]
-    lines.append("| base | " + " | ".join(cells) + " | 1 | 0 |")
+    lines.append("| base | " + " | ".join(cells) + " | 1 | 0 | 0 | 0 | 0 |")
     for arm, found in result["arms"].items():
         cells = [
             f"{found['tuned'][name] * times:.2f} ({_interval(found['over base'][name], times)})"
@@ -163,8 +194,50 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         low, high = min(found["diversity"]["per seed"]), max(found["diversity"]["per seed"])
         cells.append(f"{found['diversity']['mean']:.2f} ({low:.2f} to {high:.2f})")
+        cells += [f"{count:,}" for count in found["budget"].values()]
         lines.append(f"| {arm} | " + " | ".join(cells) + f" | {found['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def draft_panels(result: dict[str, Any]) -> list[Panel]:
+    """Training reward of the images drawn while training, by images and by reward gradients."""
+    panels = {"images": "images drawn", "reward gradients": "reward gradients"}
+    series: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
+    for key in panels:
+        for arm, found in result["arms"].items():
+            curve = found.get("training reward by update")
+            if curve and arm != "ReFL":  # its reward is of predictions from an earlier step
+                each = found["budget"][key] / len(curve)
+                smooth = np.convolve(curve, np.ones(WINDOW) / WINDOW, mode="valid")
+                line = [((i + WINDOW) * each, y, y, y) for i, y in enumerate(smooth.tolist())]
+                series.setdefault(key, {})[arm] = line
+    title = f"training reward, mean of {WINDOW} updates"
+    return [Panel(title, label, series.get(key, {})) for key, label in panels.items()]
+
+
+def graft_panels(result: dict[str, Any]) -> list[Panel]:
+    """What was won, by the share of the chain that the tuned network draws."""
+    after = {"P-GRAFT 2": 2, "P-GRAFT 5": 5, "P-GRAFT 8": 8, "GRAFT": 10}
+    arms = {k: v for k, v in result["arms"].items() if k in after}
+    return [
+        Panel(
+            f"{head}, over the base",
+            "steps of 10 by the tuned network",
+            {head: [_point(after[a], f["over base"][name], times) for a, f in _by(after, arms)]}
+            if len(arms) == len(after)
+            else {},
+        )
+        for name, (head, times) in COLUMNS.items()
+    ]
+
+
+def _by(order: dict[str, int], arms: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(arm, arms[arm]) for arm in order]
+
+
+def _point(x: float, values: list[float], times: float) -> tuple[float, float, float, float]:
+    mean, low, high = (value * times for value in values)
+    return x, mean, low, high
 
 
 def _interval(values: list[float], times: float) -> str:
