@@ -105,12 +105,15 @@ def main() -> None:
                 out = f"{options.runs}/{kind}-{seed}"
                 folder = run_arm(Path("recipes/demo.toml"), out, pool, name, rated)
                 folders.setdefault(name, []).append(folder)
-    result = {
+    result: dict[str, Any] = {
         "prompts": kind,
         "seeds": options.seeds,
         "common": common,
         "arms": {name: summary(paths) for name, paths in folders.items()},
     }
+    draft = [arm for arm in result["arms"] if arm.startswith("DRaFT")]
+    if "DRaFT-1" in draft:
+        result["reaches DRaFT-1's last training reward"] = {a: reached(result, a) for a in draft}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result)
     write_text(options.out.with_suffix(".md"), markdown(result))
@@ -138,9 +141,7 @@ def summary(folders: list[Path]) -> dict[str, Any]:
         "budget": budget(folders[0]),
     }
     if "reward" in rows[0][0]:
-        found["training reward by update"] = np.mean(
-            [[row["reward"] for row in log] for log in rows], axis=0
-        ).tolist()
+        found["training reward by update"] = [[row["reward"] for row in log] for log in rows]
     return found
 
 
@@ -205,14 +206,40 @@ def draft_panels(result: dict[str, Any]) -> list[Panel]:
     series: dict[str, dict[str, list[tuple[float, float, float, float]]]] = {}
     for key in panels:
         for arm, found in result["arms"].items():
-            curve = found.get("training reward by update")
-            if curve and arm != "ReFL":  # its reward is of predictions from an earlier step
-                each = found["budget"][key] / len(curve)
-                smooth = np.convolve(curve, np.ones(WINDOW) / WINDOW, mode="valid")
-                line = [((i + WINDOW) * each, y, y, y) for i, y in enumerate(smooth.tolist())]
+            curves = found.get("training reward by update")
+            if curves and arm != "ReFL":  # its reward is of predictions from an earlier step
+                each = found["budget"][key] / len(curves[0])
+                smooth = smoothed(np.mean(curves, axis=0))
+                line = [((i + WINDOW) * each, y, y, y) for i, y in enumerate(smooth)]
                 series.setdefault(key, {})[arm] = line
     title = f"training reward, mean of {WINDOW} updates"
     return [Panel(title, label, series.get(key, {})) for key, label in panels.items()]
+
+
+def smoothed(curve: np.ndarray) -> list[float]:
+    """Mean of each update and those before it, `WINDOW` in all; the first ones have none."""
+    return np.convolve(curve, np.ones(WINDOW) / WINDOW, mode="valid").tolist()
+
+
+def reached(result: dict[str, Any], arm: str, other: str = "DRaFT-1") -> dict[str, Any]:
+    """Where an arm first has the training reward that `other` ends with, by seed.
+
+    Both arms see the same prompts from the same noise as far as their batches agree.
+
+    Returns:
+        updates of `arm` by seed, None where it never gets there, and what they cost.
+    """
+    theirs = result["arms"][other]["training reward by update"]
+    found = result["arms"][arm]
+    updates = []
+    for curve, target in zip(found["training reward by update"], theirs, strict=True):
+        there = [i for i, y in enumerate(smoothed(curve)) if y >= smoothed(target)[-1]]
+        updates.append(there[0] + WINDOW if there else None)
+    steps = len(theirs[0])
+    return {
+        "updates": updates,
+        **{key: [u and u * n / steps for u in updates] for key, n in found["budget"].items()},
+    }
 
 
 def graft_panels(result: dict[str, Any]) -> list[Panel]:
