@@ -9,22 +9,13 @@ from pathlib import Path
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from craftune.config import STRICT
-from craftune.rewards.clip import (
-    bytes_per_image,
-    clip_files,
-    embed_images,
-    embed_texts,
-    load_clip,
-    tower_name,
-)
-from craftune.rewards.network import network_reward
+from craftune.rewards.clip import clip_files, load_clip
+from craftune.rewards.cosine import cosine_reward
 from craftune.rewards.preprocess import MiddleSquare
 from craftune.rewards.published import Dtype, Published, dtype_of
-from craftune.rewards.text import clip_tokenizer, remembered
-from craftune.rewards.weights import digest
+from craftune.rewards.text import clip_tokenizer
 from craftune.types import Reward
 
 KEY = "reward.clipscore"
@@ -50,27 +41,8 @@ def _load(settings: CLIPScoreSettings, device: torch.device) -> Reward:
     found, dtype = _files(settings), dtype_of(settings.dtype, device)
     model = load_clip(found, f"{KEY}.path", device, dtype)
     tokenizer = clip_tokenizer(settings.tokenizer or settings.path, f"{KEY}.tokenizer")
-    embeddings = remembered(lambda texts: embed_texts(model, tokenizer(texts)))
-
-    def judge(inputs: Tensor, prompts: list[str]) -> Tensor:
-        return (embed_images(model, inputs) * embeddings(prompts)).sum(-1)
-
-    identity = {
-        "name": "clipscore",
-        "version": "1",
-        "sha256": digest(found),
-        "tower": tower_name(model),
-        "tokenizer": tokenizer.digest(),
-    }
-    return network_reward(
-        judge,
-        MiddleSquare(model.config.vision_config.image_size),
-        identity,
-        device,
-        dtype,
-        bytes_per_image=bytes_per_image(model),
-        limit=tokenizer.limit(),
-    )
+    inputs = MiddleSquare(model.config.vision_config.image_size)
+    return cosine_reward("clipscore", model, tokenizer, inputs, found, device, dtype)
 
 
 CLIPSCORE = Published(

@@ -14,22 +14,14 @@ from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from craftune.config import STRICT
-from craftune.rewards.clip import (
-    bytes_per_image,
-    config_of,
-    embed_images,
-    embed_texts,
-    from_open_clip,
-    tower_name,
-)
-from craftune.rewards.network import network_reward
+from craftune.rewards.clip import config_of, from_open_clip
+from craftune.rewards.cosine import cosine_reward
 from craftune.rewards.preprocess import MiddleSquare
 from craftune.rewards.published import Dtype, Published, dtype_of
-from craftune.rewards.text import cleaned, clip_tokenizer, remembered
-from craftune.rewards.weights import digest, find, load_strictly, read
+from craftune.rewards.text import cleaned, clip_tokenizer
+from craftune.rewards.weights import find, load_strictly, read
 from craftune.types import Reward
 
 FILES = {"hpsv2.1": "HPS_v2.1_compressed.pt", "hpsv2.0": "HPS_v2_compressed.pt"}
@@ -62,27 +54,8 @@ def hps(name: str) -> Published:
         dtype = dtype_of(settings.dtype, device)
         model = load_hps(found["checkpoint"], key, device, dtype)
         tokenizer = clip_tokenizer(settings.tokenizer, f'reward."{name}".tokenizer', cleaned)
-        embeddings = remembered(lambda texts: embed_texts(model, tokenizer(texts)))
-
-        def judge(inputs: Tensor, prompts: list[str]) -> Tensor:
-            return (embed_images(model, inputs) * embeddings(prompts)).sum(-1)
-
-        identity = {
-            "name": name,
-            "version": "1",
-            "sha256": digest(found),
-            "tower": tower_name(model),
-            "tokenizer": tokenizer.digest(),
-        }
-        return network_reward(
-            judge,
-            MiddleSquare(resize="tensor"),
-            identity,
-            device,
-            dtype,
-            bytes_per_image=bytes_per_image(model),
-            limit=tokenizer.limit(),
-        )
+        inputs = MiddleSquare(resize="tensor")
+        return cosine_reward(name, model, tokenizer, inputs, found, device, dtype)
 
     return Published(
         f"HPS v{name.removeprefix('hpsv')}: human preference, CLIP ViT-H/14; raw cosine",

@@ -1,5 +1,6 @@
 """`craftune.score`: images and prompts to numbers, in Python."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from craftune import rewards as table
 from craftune.errors import UserError
 from craftune.scoring.batches import Batch, Item, score_batches
 from craftune.scoring.command import device_named
+from craftune.scoring.scores import prompts_cut
 from craftune.types import Reward
 
 Picture = Image.Image | str | Path | bytes | np.ndarray
@@ -41,7 +43,8 @@ def score(
         batch_size: images that are opened at once; changes no number.
 
     Returns:
-        Reward name -> float32 `[n]`, raw units, in the order of the images.
+        Reward name -> float32 `[n]`, raw units, in the order of the images. A warning says how
+        many prompts are longer than what a reward reads.
 
     Raises:
         UserError: an unknown reward; an image that cannot be read or scored, named by its place;
@@ -72,6 +75,9 @@ def score(
     for _, scored in score_batches(loaded, batches, reject=False):
         for name, values in scored.values.items():
             found[name].append(values)
+    for name, count in prompts_cut(loaded, texts).items():
+        text = f"prompts cut by {name}: {count:,} of {len(items):,} images"
+        warnings.warn(text, UserWarning, stacklevel=2)
     return {name: torch.cat(values).numpy() for name, values in found.items()}
 
 

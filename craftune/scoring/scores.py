@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from craftune.errors import UserError
 from craftune.progress import track
 from craftune.records import canonical, read_table, write_rows, written
-from craftune.scoring.batches import Batch, Item, Rejection, Scored, score_batches
+from craftune.scoring.batches import Batch, Rejection, Scored, score_batches
 from craftune.scoring.tables import ABOUT, Source
 from craftune.types import Reward
 
@@ -183,16 +183,18 @@ def _write_part(
             columns["identity"] += [identities[name]] * len(values)
     items = [item for scored in done for item in scored.items]
     rejected = [one for scored in done for one in scored.rejected]
-    about = asdict(Outcome(len(items), rejected, _cut(loaded, items)))
+    cut = prompts_cut(loaded, [item.prompt for item in items])
+    about = asdict(Outcome(len(items), rejected, cut))
     schema = _schema(about | {"made_from": place.made_from})
     with written(place.path) as partial:
         pq.write_table(pa.Table.from_pydict(columns, schema=schema), partial, compression="zstd")
 
 
-def _cut(loaded: Sequence[Reward], items: Sequence[Item]) -> dict[str, int]:
+def prompts_cut(loaded: Sequence[Reward], prompts: Sequence[str | None]) -> dict[str, int]:
+    """How many of these prompts a reward reads in part: "NAME at N tokens" -> count, if any."""
     counts = {
         f"{reward.name} at {reward.limit.tokens} tokens": sum(
-            reward.limit.cuts(item.prompt) for item in items if item.prompt
+            reward.limit.cuts(prompt) for prompt in prompts if prompt
         )
         for reward in loaded
         if reward.limit

@@ -18,6 +18,7 @@ from craftune import rewards
 from craftune.config import STRICT, Positive
 from craftune.errors import UserError
 from craftune.scoring.command import chosen_from
+from craftune.scoring.scores import prompts_cut
 
 
 @checked(frozen=True, config=STRICT)
@@ -80,7 +81,8 @@ def verify_reward(options: argparse.Namespace) -> int:
     golden, folder = _cases(name, options.golden, options.images)
     images = [_opened(folder / case.image) for case in golden.cases]
     reward = rewards.load(name, chosen.device, chosen.settings)
-    found = reward.score(images, [case.prompt for case in golden.cases]).tolist()
+    prompts = [case.prompt for case in golden.cases]
+    found = reward.score(images, prompts).tolist()
 
     width = max(len(case.image) for case in golden.cases)
     print(f"{'image':<{width}}  {'expected':>10}  {'found':>10}  {'apart':>10}")
@@ -88,6 +90,8 @@ def verify_reward(options: argparse.Namespace) -> int:
     for case, value, distance in zip(golden.cases, found, apart, strict=True):
         print(f"{case.image:<{width}}  {case.score:>10.5f}  {value:>10.5f}  {distance:>10.2g}")
     print("measured with: " + ", ".join(f"{key} {text}" for key, text in reward.identity.items()))
+    for reader, count in prompts_cut([reward], prompts).items():
+        print(f"prompts cut by {reader}: {count} of {len(prompts)}")
     agree = all(distance <= golden.tolerance for distance in apart)  # NaN is no agreement
     verdict = "agrees" if agree else "differs"
     print(f"{name}: {verdict}; at most {max(apart):.2g} apart, {golden.tolerance:g} is allowed")

@@ -75,6 +75,11 @@ def by_hand_pickscore(images: list[Image.Image], prompts: list[str]) -> Tensor:
     return model.logit_scale.exp() * (image * words).sum(1)
 
 
+def by_hand_clipscore(images: list[Image.Image], prompts: list[str]) -> Tensor:
+    image, words = by_hand_clip(tiny_clip(), images, prompts)
+    return (image * words).sum(1)
+
+
 def by_hand_aesthetic(images: list[Image.Image], prompts: list[str]) -> Tensor:
     x, _ = by_hand_clip(tiny_clip(), images, prompts)
     for name, tensor in head_weights().items():
@@ -103,12 +108,18 @@ def by_hand_hps(images: list[Image.Image], prompts: list[str]) -> Tensor:
 
 BY_HAND: dict[str, Callable[[list[Image.Image], list[str]], Tensor]] = {
     "hpsv2.1": by_hand_hps,
+    "hpsv2.0": by_hand_hps,
     "pickscore": by_hand_pickscore,
+    "clipscore": by_hand_clipscore,
     "aesthetic": by_hand_aesthetic,
     "imagereward": more_by_hand.imagereward,
     "mps": more_by_hand.mps,
     "vqascore": more_by_hand.vqascore,
 }
+
+
+def test_each_is_computed_by_hand() -> None:
+    assert set(PUBLISHED) == BY_HAND.keys()
 
 
 def test_a_run_is_scored_as_by_hand(tmp_path: Path) -> None:
@@ -202,7 +213,7 @@ def test_each_prompt_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         asked.append(len(ids))
         return embed(model, ids)
 
-    monkeypatch.setattr("craftune.rewards.pickscore.embed_texts", counted)
+    monkeypatch.setattr("craftune.rewards.cosine.embed_texts", counted)
     rewards.unload()
     (tmp_path / "out").mkdir()
     score(ScoreConfig(("pickscore",), 2), write_pool(tmp_path / "pool"), tmp_path / "out", loaded)

@@ -67,6 +67,19 @@ def test_rewards_by_name_are_those_of_the_table() -> None:
     assert list(found) == ["pickscore", "jpeg-compressibility"]
 
 
+def test_cut_prompts_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    """Once per reward and call, and not where all of them is read."""
+    settings = {name: settings_of(name) for name in ("pickscore", "imagereward", "aesthetic")}
+    texts = ["a dog " * 10, "a dog " * 30, "a dog"]  # 42 tokens, 122 and 6: one per letter
+    craftune.score([picture(9)] * 3, texts, rewards=list(settings), settings=settings)
+    assert [str(warning.message) for warning in recwarn] == [
+        "prompts cut by pickscore at 77 tokens: 1 of 3 images",
+        "prompts cut by imagereward at 35 tokens: 2 of 3 images",
+    ]
+    craftune.score([picture(9)], texts[2:], rewards=list(settings), settings=settings)
+    assert len(recwarn) == 2
+
+
 def test_no_prompts_and_no_images() -> None:
     assert craftune.score([picture(3)], rewards=[LOOKS])["looks"].tolist() == [3]
     assert craftune.score([], [], rewards=[LEVEL])["level"].shape == (0,)

@@ -46,6 +46,7 @@ def test_agreement_and_difference(tmp_path: Path) -> None:
     assert "0.png" in said.out
     assert "threshold 0.3" in said.out
     assert "mps: agrees" in said.out
+    assert "prompts cut" not in said.out
 
     golden(tmp_path, add=0.05)
     said = call(["verify-reward", "mps", "--golden", str(file), *options("mps")], tmp_path)
@@ -55,6 +56,17 @@ def test_agreement_and_difference(tmp_path: Path) -> None:
     golden(tmp_path, add=0.05, tolerance=0.1)
     said = call(["verify-reward", "mps", "--golden", str(file), *options("mps")], tmp_path)
     assert said.status == 0
+
+
+def test_a_cut_prompt_is_said(tmp_path: Path) -> None:
+    """Numbers of a prompt that is read in part may agree and still say little."""
+    file = golden(tmp_path)
+    held = json.loads(file.read_text())
+    held["cases"][0]["prompt"] = "word " * 40
+    file.write_text(json.dumps(held | {"tolerance": 1e6}))
+    said = call(["verify-reward", "mps", "--golden", str(file), *options("mps")], tmp_path)
+    assert said.status == 0, said.err
+    assert "prompts cut by mps at 77 tokens: 1 of 2" in said.out
 
 
 def test_the_published_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
