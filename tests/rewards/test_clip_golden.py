@@ -134,6 +134,9 @@ def test_only_hps_cleans(tokenizer_folder: str) -> None:
     for written, read in (("a corgi\u2019s head", "a corgi's head"), ("< &amp;amp;", "< &")):
         assert torch.equal(clean([written]), plain([read]))
         assert not torch.equal(plain([written]), plain([read]))
+    entities = 30 * "&amp;"  # 30 tokens once they are read
+    assert plain.cuts(entities)
+    assert not clean.cuts(entities)
 
 
 def picture(high: int, wide: int) -> Image.Image:

@@ -115,7 +115,7 @@ GOOD = {"images": [PNG], "prompts": ["a"]}
 @pytest.mark.parametrize(
     ("status", "body", "headers", "said"),
     [
-        (200, GOOD, {}, ""),
+        (200, GOOD, {}, '"identity": {"name": "jpeg-compressibility"'),
         (400, "{", {}, "no JSON"),
         (400, "[" * 100_000, {}, "no JSON"),
         (400, b"\xff", {}, "no JSON"),
@@ -125,6 +125,7 @@ GOOD = {"images": [PNG], "prompts": ["a"]}
         (400, {"images": [PNG], "prompts": [1]}, {}, "prompts must be a list"),
         (400, {"images": [PNG], "prompts": []}, {}, "1 images but 0 prompts"),
         (400, {"images": [], "prompts": []}, {}, "0 images; 1 to 1024"),
+        (400, {"images": [PNG] * 1025, "prompts": ["a"] * 1025}, {}, "1025 images; 1 to 1024"),
         (400, {"images": ["!!"], "prompts": ["a"]}, {}, "image 0: no base64"),
         (400, {"images": ["aaaa"], "prompts": ["a"]}, {}, "image 0: no readable PNG"),
         (400, {"images": [PNG[:80]], "prompts": ["a"]}, {}, "image 0: no readable PNG"),
@@ -170,6 +171,17 @@ def test_a_prompt_that_the_served_reward_cannot_judge_is_said() -> None:
         pytest.raises(UserError, match=r"answers 422: .*not a prompt of the shapes world"),
     ):
         rewards.load(address).score(IMAGES, TEXTS)
+
+
+def test_a_served_score_that_is_no_number_names_the_image() -> None:
+    """NaN is no JSON; it is sent as null."""
+    values = torch.tensor([1.0, torch.nan, torch.inf])
+    served = Reward("x", lambda images, prompts: values, {"name": "x"})
+    with (
+        running(serve.serve(served, "127.0.0.1", 0)) as address,
+        pytest.raises(UserError, match=rf"'{address}' returned nan for image 1 "),
+    ):
+        craftune.score(IMAGES[:3], TEXTS[:3], rewards=[address])
 
 
 def test_an_address_that_is_taken() -> None:
@@ -291,6 +303,11 @@ def test_a_server_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
             reward.score(IMAGES, TEXTS)
     assert asked.count("POST /") == 4
     assert pauses == [0.001, 0.002, 0.004]
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.003)
+    pauses.clear()
+    with speaking(says((500, b""))) as (address, _), pytest.raises(ConnectionError):
+        rewards.load(address, settings={address: {"retries": 4}}).score(IMAGES, TEXTS)
+    assert pauses == [0.001, 0.002, 0.003, 0.003]
 
 
 def test_a_server_that_is_not_there_or_hangs_up_or_is_silent() -> None:
@@ -354,6 +371,24 @@ def test_a_path_is_part_of_the_address() -> None:
     with speaking(says(ONES)) as (address, asked):
         rewards.load(f"{address}/heavy").score(IMAGES, TEXTS)
     assert asked == ["GET /heavy/identity", "POST /heavy"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ftp://h",
+        "http://",
+        "http://h:0",
+        "http://h:x",
+        "http://h?key=1",
+        "http://h#a",
+        "http://a@h",
+    ],
+)
+def test_what_is_no_address(address: str) -> None:
+    """Nothing is asked; a password would be stored with every score."""
+    with pytest.raises(UserError, match="without user, password or query"):
+        rewards.check_names([address], "score.rewards")
 
 
 def test_settings_are_checked() -> None:

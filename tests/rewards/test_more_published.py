@@ -395,6 +395,19 @@ def test_a_plain_picture_loses_nothing() -> None:
     assert values.tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
+def test_the_size_is_pillow_s_at_95() -> None:
+    """In kB of 1,000 bytes; smaller is better or worse."""
+    shown = [image.resize((90, 70)) for image in pictures(2)]
+    sizes = []
+    for image in shown:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=95)
+        sizes.append(len(buffer.getvalue()) / 1000)
+    for name, sign in (("jpeg-compressibility", -1), ("jpeg-incompressibility", 1)):
+        values = loaded(name).score(shown, ["", ""])
+        assert values.tolist() == pytest.approx([sign * size for size in sizes])
+
+
 def test_the_proxy_orders_pictures_as_their_size_does() -> None:
     """From smooth to noisy, both fall with every step."""
     rng = np.random.default_rng(1)

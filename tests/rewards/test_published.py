@@ -127,7 +127,7 @@ def test_a_run_is_scored_as_by_hand(tmp_path: Path) -> None:
     job = tiny(tmp_path / "job")
     names = tuple(BY_HAND)
     (job.folder / "some.txt").write_text(
-        "\n".join(["a dog", "a cat", LONG, "two dogs", LONG + "!"])
+        "\n".join(["a dog", "a cat &amp;amp; a dog", LONG, "two dogs", LONG + "!"])
     )
     sets = [
         f"prompts.source={job.folder / 'some.txt'}",
@@ -173,6 +173,54 @@ def test_a_run_is_scored_as_by_hand(tmp_path: Path) -> None:
     said = call([*command, *options(*names), *path], tmp_path).complaint
     assert "was made with reward.hpsv2.1.path = " in said
     assert "--redo score" in said
+
+
+def test_clipscore_of_another_tower(tmp_path: Path) -> None:
+    """Its own size of picture, and a tokenizer that lies elsewhere."""
+    tower = tiny_clip(size=112)
+    tower.save_pretrained(tmp_path)
+    settings = {"path": str(tmp_path), "tokenizer": settings_of("pickscore")["tokenizer"]}
+    found = rewards.load("clipscore", settings={"clipscore": settings})
+    (shown,) = pictures(1, (112, 112))  # nothing is resized
+    pixels = torch.from_numpy(np.asarray(shown) / 255).permute(2, 0, 1)[None].float()
+    pixels = preprocess.normalized(pixels, preprocess.CLIP_MEAN, preprocess.CLIP_STD)
+    tokenizer = CLIPTokenizer.from_pretrained(settings["tokenizer"])
+    with torch.no_grad():
+        image = tower.get_image_features(pixel_values=pixels).pooler_output
+        words = tower.get_text_features(**tokenizer(["a dog"], return_tensors="pt")).pooler_output
+    expected = F.cosine_similarity(image, words)
+    torch.testing.assert_close(found.score([shown], ["a dog"]), expected, rtol=1e-5, atol=1e-5)
+    assert "at 112" in found.identity["tower"]
+
+
+def test_how_each_prepares_its_pictures() -> None:
+    """As the authors' code does; scores of other ways differ."""
+    middle = "RGB, pil bicubic antialias, middle 224"
+    tensor = "RGB, tensor bicubic antialias, middle 224 (round)"
+    found = {name: loaded(name).identity["preprocessing"] for name in PUBLISHED}
+    assert found == {
+        "hpsv2.1": tensor,
+        "hpsv2.0": tensor,
+        "pickscore": f"{middle} (floor)",
+        "mps": f"{middle} (floor)",
+        "aesthetic": f"{middle} (round)",
+        "clipscore": f"{middle} (round)",
+        "imagereward": f"{middle} (round)",
+        "vqascore": "RGB, padded to a square, pil bicubic antialias, 112",
+    }
+
+
+@pytest.mark.parametrize("name", ["hpsv2.1", "pickscore"])
+def test_another_tokenizer_is_another_identity(name: str, tmp_path: Path) -> None:
+    """Two letters of its vocabulary change places."""
+    settings = copied(name, tmp_path / "w")
+    file = Path(settings["tokenizer"]) / "vocab.json"
+    words = json.loads(file.read_text())
+    file.write_text(json.dumps(words | {"a": words["b"], "b": words["a"]}))
+    found = rewards.load(name, settings={name: settings})
+    other = dict(loaded(name).identity)
+    assert found.identity["tokenizer"] != other.pop("tokenizer")
+    assert other.items() <= found.identity.items()
 
 
 # --- one resizing, one encoding -------------------------------------------------------------

@@ -16,7 +16,7 @@ from tiny import Answer, call, tiny
 from craftune import rewards
 from craftune.images import encode_png
 from craftune.records import read_table
-from craftune.scoring import batches, scores
+from craftune.scoring import batches, scores, sources
 from craftune.scoring.tables import SHARD
 
 MODULE = """
@@ -124,6 +124,27 @@ def test_prompts_from_a_table(place: Path, kind: str) -> None:
     assert run(place, images, *arguments).status == 0
 
 
+def test_which_files_are_images(place: Path) -> None:
+    """Any case of the ending; no hidden ones; not the scores that lie beside Parquet of images."""
+    images = write_images(place / "images", 2, prompts=False)
+    (images / "000.png").rename(images / "000.PNG")
+    (images / ".hidden.png").write_bytes(encode_png(picture(9)))
+    (images / ".cache").mkdir()
+    (images / ".cache" / "b.png").write_bytes(encode_png(picture(9)))
+    assert run(place, images, "--rewards", "jpeg-compressibility").status == 0
+    assert set(found(place / "scores.parquet", "jpeg-compressibility")) == {"000.PNG", "001.png"}
+
+    (place / "set").mkdir()
+    table = {"image": [encode_png(picture(i)) for i in (5, 6)], "text": ["own", "own words"]}
+    table["id"] = ["a", "b"]  # type: ignore[assignment]
+    pq.write_table(pa.table(table), place / "set" / "images.parquet")
+    (place / "scores.parquet").rename(place / "set" / "scores.parquet")
+    (place / "p.csv").write_text("id,prompt\na,one two three\n")
+    answer = run(place, "set", "--rewards", "mine:words", "--prompts", "p.csv")
+    assert answer.status == 0, answer.err
+    assert found(place / "scores.parquet", "mine:words") == {"a": 3, "b": 2}
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_parquet(place: Path, nested: bool) -> None:
     data = [encode_png(picture(i)) for i in range(5)]
@@ -135,6 +156,14 @@ def test_parquet(place: Path, nested: bool) -> None:
     pq.write_table(pa.table(table), place / "set.parquet", row_group_size=2)
     assert run(place, "set.parquet", "--rewards", "mine:level,mine:words").status == 0
     assert found(place / "scores.parquet") == {f"set.parquet:{i}": i for i in range(5)}
+
+
+def test_rows_of_a_large_file_are_numbered_through(place: Path) -> None:
+    data = [encode_png(picture(i)) for i in range(SHARD + 3)]
+    pq.write_table(pa.table({"image": data}), place / "set.parquet")
+    assert run(place, "set.parquet", "--rewards", "jpeg-compressibility").status == 0
+    names = list(found(place / "scores.parquet", "jpeg-compressibility"))
+    assert names == [f"set.parquet:{i}" for i in range(SHARD + 3)]
 
 
 def test_a_run_and_one_image(place: Path) -> None:
@@ -321,6 +350,29 @@ def test_two_processes_do_not_write_one_file(place: Path) -> None:
     with scores._parts(place / "scores.parquet"):
         said = run(place, images, "--rewards", "mine:level").complaint
     assert "another process is writing it" in said
+
+
+def test_shards_are_put_together_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores as the images come, rejections and cut prompts of all shards; after a stop, too."""
+    monkeypatch.setattr(sources, "SHARD", 2)
+    images = write_images(place / "images", 7)
+    lines = [{"file_name": f"00{i}.png", "text": "word " * 20 * (i % 3)} for i in range(7)]
+    (images / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    for name in ("001.png", "006.png"):
+        (images / name).write_bytes(b"no image")
+    given = [f"--set=reward.pickscore.{k}={v}" for k, v in settings_of("pickscore").items()]
+    join = scores._join
+    monkeypatch.setattr(scores, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(place, images, "--rewards", "pickscore", *given).status == 130
+    monkeypatch.setattr(scores, "_join", join)
+    (place / "scores.parquet.parts" / "part-000001.parquet").unlink()  # made last, now
+    answer = run(place, images, "--rewards", "pickscore", *given)
+    assert answer.status == 1
+    written = list(found(place / "scores.parquet", "pickscore"))
+    assert written == [f"00{i}.png" for i in (0, 2, 3, 4, 5)]
+    lines = (place / "scores.rejected.jsonl").read_text().splitlines()
+    assert [row["image"] for row in map(json.loads, lines)] == ["001.png", "006.png"]
+    assert "prompts cut by pickscore at 77 tokens: 3 of 5 images" in answer.out
 
 
 # --- how ---------------------------------------------------------------------------------------

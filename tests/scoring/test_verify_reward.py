@@ -58,6 +58,19 @@ def test_agreement_and_difference(tmp_path: Path) -> None:
     assert said.status == 0
 
 
+def test_no_number_is_no_agreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And images may lie elsewhere than beside the golden file."""
+    (tmp_path / "pictures").mkdir()
+    file = golden(tmp_path / "pictures").rename(tmp_path / "golden.json")
+    given = ["verify-reward", "mps", "--golden", str(file), *options("mps")]
+    assert "0.png: No such file" in call(given, tmp_path).complaint
+    given += ["--images", str(tmp_path / "pictures")]
+    assert call(given, tmp_path).status == 0
+    made = Reward("mps", lambda images, prompts: torch.tensor([torch.nan] * 2), {"name": "mps"})
+    monkeypatch.setattr(rewards, "load", lambda *arguments: made)
+    assert call(given, tmp_path).status == 1
+
+
 def test_a_cut_prompt_is_said(tmp_path: Path) -> None:
     """Numbers of a prompt that is read in part may agree and still say little."""
     file = golden(tmp_path)
