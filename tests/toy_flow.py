@@ -26,7 +26,8 @@ from transformers import (
 )
 
 KINDS = ("sd3", "sd3-no-t5", "flux-dev", "flux-schnell")
-WIDTH, JOINT, SIZE = 8, 16, 8
+WIDTH, JOINT, SIZE = 8, 24, 8
+"""Of CLIP, of T5 and the denoiser (wider than both of SD3's CLIPs, as published), of latents."""
 """Of a CLIP encoder, of T5 and the joint attention, and of the latents."""
 
 SCHEDULERS: dict[str, dict[str, Any]] = {

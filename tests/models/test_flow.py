@@ -198,7 +198,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(kind: str) -> None:
     else:
         length = 512 if kind == "flux-dev" else 256
         tokens, pooled, _ = pipe.encode_prompt(texts, max_sequence_length=length)
-    torch.testing.assert_close(cond["tokens"], tokens)
+    torch.testing.assert_close(cond["tokens"], tokens, atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(cond["pooled"], pooled)
     many = model.encode_prompts([f"a dog and {n} cats" for n in range(40)]).tensors
     alone = model.encode_prompts(["a dog and 39 cats"]).tensors

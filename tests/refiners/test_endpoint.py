@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ def test_requests_run_at_once_but_not_more_than_told(tmp_path: Path) -> None:
     assert server.most_at_once == 3
 
 
+def test_a_reply_that_was_cut_loses_its_last_line(tmp_path: Path) -> None:
+    def speak(body: dict[str, Any], number: int) -> Any:
+        return said(f"{prompt_of(body)}, by day\n{prompt_of(body)}, by ni", "length")
+
+    with chat_server(speak) as server:
+        counts, rows = run(tmp_path, config(server), TEXTS[:1])
+    assert [row.refined for row in rows] == [f"{TEXTS[0]}, by day"]
+    assert counts["rejected: cut off"] == 3  # once in every attempt
+
+
 def test_passing_failures_are_repeated(tmp_path: Path) -> None:
     """500, then 429 with Retry-After, then the answer; for each prompt."""
     seen: dict[str, int] = {}
@@ -154,6 +165,30 @@ def test_a_failure_keeps_what_is_finished_and_under_way(tmp_path: Path) -> None:
         broken = False
         counts, rows = run(tmp_path, config(server, batch_size=1))
         assert [prompt_of(body) for body in server.asked[4:]] == TEXTS[3:]
+    assert counts["requests"] == 6
+    assert len(rows) == 12
+
+
+def test_what_is_under_way_when_one_fails_is_kept(tmp_path: Path) -> None:
+    """The first fails at once; the second, asked with it, answers a little later."""
+    failed_one, asked_both = threading.Event(), threading.Barrier(2, timeout=10)
+
+    def speak(body: dict[str, Any], number: int) -> Any:
+        if number > 2:
+            return two(body)
+        asked_both.wait()
+        if prompt_of(body) == TEXTS[0]:
+            failed_one.set()
+            return failed(401, "spent")
+        failed_one.wait(10)
+        time.sleep(0.2)
+        return two(body)
+
+    with chat_server(speak) as server:
+        complaint(tmp_path, config(server, batch_size=2, retries=0))
+        assert len(server.asked) == 2
+        counts, rows = run(tmp_path, config(server, batch_size=2, retries=0))
+        assert TEXTS[1] not in [prompt_of(body) for body in server.asked[2:]]
     assert counts["requests"] == 6
     assert len(rows) == 12
 

@@ -27,7 +27,7 @@ REQUESTS = [Request(f"w{i} " * (3 * i + 1), 100 + i) for i in range(5)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published layout: config, weights, tokenizer with a chat template."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     made = tmp_path_factory.mktemp("chat")
@@ -36,6 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[ ]+"), "removed")
     tokenizer.decoder = decoders.Metaspace()
+    # Published ones put a mark before every text; chat templates have their own.
+    mark = [("<unk>", 0)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<unk> $A", special_tokens=mark)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

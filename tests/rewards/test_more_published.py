@@ -37,7 +37,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_reward_contract import PROMPTS, pictures
 from torch import Tensor, nn
-from transformers import CLIPModel, T5Config, T5ForConditionalGeneration
+from transformers import CLIPModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from craftune import rewards
 from craftune.errors import UserError
@@ -45,7 +45,7 @@ from craftune.images import to_tensor
 from craftune.rewards.aesthetic import head_of
 from craftune.rewards.blip import load_text, load_vision, part
 from craftune.rewards.clip import from_open_clip
-from craftune.rewards.flant5 import load_t5
+from craftune.rewards.flant5 import AFTER, BEFORE, load_t5
 from craftune.rewards.jpeg_proxy import decoded
 from craftune.rewards.mps import load_mps
 from craftune.rewards.preprocess import PaddedSquare
@@ -292,6 +292,18 @@ def test_another_family_s_config(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match=f"config.json says {key} '{value}', expected"):
             rewards.load("vqascore", settings={"vqascore": settings})
+
+
+def test_a_question_of_just_2048_tokens_is_read_whole() -> None:
+    """System message, one for the picture, question; letters are tokens here."""
+    limit = loaded("vqascore").limit
+    assert limit is not None
+    assert limit.tokens == 2048
+    tokenizer = T5Tokenizer.from_pretrained(settings_of("vqascore")["tokenizer"])
+    before, empty = (len(tokenizer(part)["input_ids"]) for part in (BEFORE, AFTER.format("a")))
+    fits = "a" * (2048 - before - 1 - empty + 1)
+    assert not limit.cuts(fits)
+    assert limit.cuts(fits + "a")
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (41, 30), (30, 41), (35, 35), (1, 90)])

@@ -122,6 +122,14 @@ def test_each_is_computed_by_hand() -> None:
     assert set(PUBLISHED) == BY_HAND.keys()
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_each_scores_as_by_hand(name: str) -> None:
+    """Square pictures; a prompt with an entity, a long and an empty one."""
+    prompts = ["a dog", "a cat &amp;amp; a dog", LONG, "", "two dogs"]
+    values, expected = loaded(name).score(pictures(), prompts), BY_HAND[name](pictures(), prompts)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_run_is_scored_as_by_hand(tmp_path: Path) -> None:
     """Published files, PNG pictures, `craftune run`: what the networks in memory give."""
     job = tiny(tmp_path / "job")
