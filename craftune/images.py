@@ -22,11 +22,14 @@ def to_tensor(images: list[Image.Image]) -> Float[Tensor, "b 3 h w"]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as 8-bit RGB; alpha is dropped, 16 bits keep their upper eight."""
+    """Any mode as 8-bit RGB; alpha is dropped, 16 bits keep their upper eight.
+
+    RGB comes back as it is, not as a copy.
+    """
     if image.mode.startswith("I;16"):  # convert() would cut off everything above 255
         values = np.asarray(image).astype(np.uint16)
         image = Image.fromarray((values >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -38,4 +41,6 @@ def encode_png(image: Image.Image) -> bytes:
 
 def decode(data: bytes) -> Image.Image:
     """The picture of a file's bytes, as RGB."""
-    return to_rgb(Image.open(io.BytesIO(data)))
+    image = Image.open(io.BytesIO(data))
+    image.load()  # what is damaged shows here
+    return to_rgb(image)

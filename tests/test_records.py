@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from craftune.errors import UserError, unknown_name
-from craftune.images import encode_png
+from craftune.images import decode, encode_png
 from craftune.records import (
     CANDIDATE,
     Prompt,
@@ -180,3 +180,9 @@ def test_long_lists_of_names_are_cut() -> None:
     said = unknown_name("name", "x", [f"n{i:02d}" for i in range(99)])
     assert said.endswith("n11, ... 99 in all)")
     assert unknown_name("name", "x", []).endswith("(known: none)")
+
+
+def test_a_picture_that_is_cut_off_is_refused_when_it_is_decoded() -> None:
+    whole = encode_png(Image.effect_noise((64, 64), 50).convert("RGB"))
+    with pytest.raises(OSError, match="truncated"):
+        decode(whole[: len(whole) // 2])

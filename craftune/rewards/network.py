@@ -15,8 +15,9 @@ Judge = Callable[[Tensor, list[str]], Tensor]
 MOST = 128
 """Pictures per pass on CUDA, where the memory allows; more gain no speed."""
 
-ON_CPU = 16
-"""Pictures per pass elsewhere; more gain no speed."""
+ON_CPU = 4
+"""Pictures per pass elsewhere; more leave the cache (78 ms a picture at 4, 85 at 16, 101 at 32, for
+the three towers of bench/score.py on one core)."""
 
 LOSS_SCALE = 1024.0
 """Gradients are this much larger inside a float16 network, whose smallest number is 6e-8."""

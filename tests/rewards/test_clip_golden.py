@@ -155,6 +155,13 @@ def test_pixels(case: dict[str, Any], resize: Any, key: str) -> None:
     close(found.std(), case[key]["std"], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_rewards_after_the_first_see_the_same_inputs(dtype: torch.dtype) -> None:
+    shared = torch.ones(1, 3, 2, 2, dtype=dtype)
+    normalized(shared, CLIP_MEAN, CLIP_STD)
+    assert torch.equal(shared, torch.ones_like(shared))
+
+
 @pytest.mark.parametrize("size", [(224, 224), (512, 768), (832, 1216), (227, 300), (50, 40)])
 def test_pixels_of_pickscore_are_those_of_transformers(size: tuple[int, int]) -> None:
     """832 x 1216 is where its middle lies one pixel off the others'."""
