@@ -1,0 +1,160 @@
+"""What the stages of one round have at hand; its training and its comparison, start to end.
+
+`craftune.plan` says what each stage is made from; here is what those do that hold more than one
+model: training, and the comparison of what it made with what it started from.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from craftune import methods, models, rewards
+from craftune.config import ModelConfig, Recipe
+from craftune.methods import PGRAFT
+from craftune.models.files import checkpoint, stored_dtype
+from craftune.processes import Processes
+from craftune.records import write_json
+from craftune.runs import stage_folder
+from craftune.sampling import Stitched
+from craftune.stages.evaluate import evaluate
+from craftune.stages.generate import sampler_of
+from craftune.stages.prompt_feed import prompt_feed
+from craftune.stages.train import Feed, example_feed, train
+from craftune.types import Model, Reward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the stages of a round share.
+
+    Attributes:
+        start: the checkpoint that draws and is trained: the recipe's, or the last round's.
+        seed: of drawing and training, the round's own.
+        at: folder of each stage.
+        made_from: settings of the run and of the model.
+    """
+
+    recipe: Recipe
+    method: methods.FromExamples | methods.FromPrompts
+    start: ModelConfig
+    seed: int
+    settings: Mapping[str, Any]
+    at: Mapping[str, Path]
+    device: torch.device
+    processes: Processes
+    made_from: Mapping[str, Any]
+
+    def load(self, config: ModelConfig) -> Model:
+        """A checkpoint on the run's device."""
+        return models.load(config, self.device)
+
+    def load_exactly(self) -> Model:
+        """The checkpoint on the CPU, in no narrower dtype than it is stored in."""
+        dtype = stored_dtype(checkpoint(self.start))
+        return models.load(replace(self.start, dtype=dtype), torch.device("cpu"))
+
+    def reward(self, name: str) -> Reward:
+        """A reward on the run's device."""
+        return rewards.load(name, self.device, self.recipe.reward)
+
+    def weights(self, names: Iterable[str]) -> dict[str, Any]:
+        """Which weights the published rewards among these have."""
+        found = self.processes.told(lambda: rewards.made_from(names, self.recipe.reward))
+        return {"reward": found} if found else {}
+
+    def only(self, section: str, *keys: str) -> dict[str, Any]:
+        """These keys of a section."""
+        return {key: self.settings[section][key] for key in keys}
+
+    def without(self, section: str, *keys: str) -> dict[str, Any]:
+        """A section without the keys that change no result."""
+        return {k: v for k, v in self.settings[section].items() if k not in keys}
+
+    def drawing(self, config: ModelConfig) -> Model:
+        """A checkpoint as it draws: what P-GRAFT tuned only as far as t*."""
+        model, method = self.load(config), self.method
+        if not isinstance(method, PGRAFT) or config == self.recipe.model:
+            return model
+        base = self.load(self.recipe.model)
+        stitched = Stitched(model.denoiser, base.denoiser, t_star(self.recipe, base, method))
+        return replace(model, denoiser=stitched)
+
+
+def trained(recipe: Recipe, folder: Path) -> ModelConfig:
+    """What a run, or a round of it, trained, as it is loaded to draw."""
+    return ModelConfig(str(stage_folder(folder, "train") / "model"), dtype=recipe.model.dtype)
+
+
+def t_star(recipe: Recipe, model: Model, method: PGRAFT) -> float:
+    """The timestep at which P-GRAFT's chain goes on with the starting network."""
+    grid = model.grid(sampler_of(recipe.generate, model), recipe.generate.num_steps)
+    return float(grid.timesteps[method.after])
+
+
+def tune(plan: Plan, out: Path) -> dict[str, int]:
+    """Train; for P-GRAFT, write down beside the model how it is stitched."""
+    recipe, method = plan.recipe, plan.method
+    model = plan.load(replace(plan.start, dtype=recipe.training_dtype))
+    counts = train(
+        recipe.train,
+        method,
+        model,
+        plan.seed,
+        _feed(plan),
+        out,
+        plan.processes,
+        None if recipe.training_dtype == "float32" else plan.load_exactly,
+    )
+    if isinstance(method, PGRAFT) and plan.processes.main:
+        stitch = {
+            "base": recipe.model.path,
+            "t_star": t_star(recipe, model, method),
+            "sampler": sampler_of(recipe.generate, model),
+            "num_steps": recipe.generate.num_steps,
+            "guidance_scale": recipe.generate.guidance_scale,
+        }
+        write_json(out / "stitch.json", stitch)
+    return counts
+
+
+def _feed(plan: Plan) -> Callable[[Model], Feed]:
+    """What the method is fed with, once the model is there."""
+    recipe, at, method, seed = plan.recipe, plan.at, plan.method, plan.seed
+    if method.fed_with == "examples":
+        selection, pool = at["select"] / "selection.parquet", at["generate"]
+        return lambda model: example_feed(recipe.train, method, model, seed, selection, pool)
+
+    def prompts_alone(model: Model) -> Feed:
+        named = {name: plan.reward(name) for name in method.rewards}
+        texts = at["prompts"] / "prompts.jsonl"
+        return prompt_feed(recipe.train, method, recipe.generate, model, named, seed, texts)
+
+    return prompts_alone
+
+
+def compare(plan: Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
+    """Base, then tuned, on the evaluation prompts."""
+    recipe, prompts = plan.recipe, plan.at["prompts"] / "evaluation.jsonl"
+    tuned = trained(recipe, plan.at["train"].parent)
+    counts: dict[str, int] = {}
+    for arm, config in (("base", recipe.model), ("tuned", tuned)):
+        model, seed = plan.drawing(config), recipe.run.seed
+        counts |= evaluate(
+            arm,
+            recipe.evaluate,
+            recipe.generate,
+            model,
+            names,
+            seed,
+            prompts,
+            out,
+            plan.reward,
+            plan.processes,
+        )
+    if plan.processes.main:
+        shutil.copy(prompts, out / "prompts.jsonl")
+    return counts
