@@ -37,6 +37,7 @@ EXAMPLES = """examples:
   craftune explain runs/demo --prompt "a red circle"    why its images were chosen or not
   craftune score photos/ --rewards aesthetic            any images; see craftune score --help
   craftune export runs/demo --to single-file            the tuned model as others load it
+  craftune mix BASE runs/a=0.7 runs/b=0.3 --out both    two tunings of BASE as one model
 """
 
 
@@ -170,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--images", type=Path, metavar="FOLDER", help="where the images lie")
     _add_set(verify)
     _add_export(commands.add_parser("export", help="hand the tuned model on in another format"))
+    _add_mix(commands.add_parser("mix", help="several tunings of a model as one, each scaled"))
     _add_serve(commands.add_parser("serve-reward", help="one reward behind an HTTP address"))
     names = commands.add_parser("list", help="the names and settings that recipes may use")
     names.add_argument("table", choices=TABLES, metavar="table", help=", ".join(TABLES))
@@ -211,6 +213,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="OWNER/NAME",
         help="upload the export; token from HF_TOKEN or login",
     )
+
+
+def _add_mix(parser: argparse.ArgumentParser) -> None:
+    parser.description = "BASE + sum of SCALE * (MODEL - BASE), as a diffusers folder."
+    parser.add_argument("base", help="a diffusers folder, hub id or .safetensors file")
+    parser.add_argument(
+        "tunings",
+        nargs="+",
+        metavar="MODEL=SCALE",
+        help="a run folder, LoRA or model tuned from BASE, and its scale: 0 is BASE, 1 is MODEL",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as BASE has them")
 
 
 def _listed(table: Mapping[str, str]) -> str:

@@ -39,7 +39,8 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
         return
     model, report = stage_folder(folder, "train") / "model", stage_folder(folder, "report")
     found = in_tables(read_json(report / "report.json"))
-    print(found["conclusion"], *(f"  {line}" for line in found["headline"]), "", sep="\n")
+    lines = [*found["headline"], *(found["scales"] or {}).get("sentences", ())]
+    print(found["conclusion"], *(f"  {line}" for line in lines), "", sep="\n")
     print(f"report: {report / 'report.html'}")
     print(f"model:  {model}")
     stitch = model.with_name("stitch.json")
@@ -175,6 +176,16 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def mix(options: argparse.Namespace) -> int:
+    """Several tunings of one model as one diffusers folder."""
+    from craftune.exporting.mix import mix as mix_models  # imports diffusers
+
+    out = mix_models(options.base, options.tunings, options.out, options.dtype)
+    print(out)
+    print(f'load:   diffusers.DiffusionPipeline.from_pretrained("{out}"{loading_arguments(out)})')
+    return 0
+
+
 def serve_reward(options: argparse.Namespace) -> int:
     """One reward behind an address, until it is stopped."""
     from craftune.scoring.command import serve_one
@@ -190,6 +201,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": doctor,
     "explain": explain,
     "export": export,
+    "mix": mix,
     "serve-reward": serve_reward,
     "verify-reward": verify_reward,
     "list": list_names,

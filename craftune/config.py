@@ -279,6 +279,18 @@ class EvaluateConfig:
     """Images of each model per prompt; diversity needs >= 2."""
     resamples: Count = 10_000
     """Bootstrap resamples over prompts."""
+    scales: tuple[Positive, ...] = ()
+    """Also compare the tuning scaled: weights W_0 + s (W - W_0) for each s, such as [0.25, 0.5,
+    0.75]; the base is 0, the tuned model 1, above 1 goes beyond it. Each s costs as much as the
+    tuned model's images."""
+    scale_prompts: Natural = 0
+    """Compare `scales` on the first this many of the prompts; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        twice = len(set(self.scales)) < len(self.scales)
+        if twice or 1 in self.scales:
+            reason = "names one twice" if twice else "1 is the tuned model, compared anyway"
+            raise ValueError(f"evaluate.scales: {list(self.scales)} {reason}; leave it out")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -115,7 +115,7 @@ def costs(recipe: Recipe, figures: Figures, prompts: int, held_out: int) -> list
         held_out: prompts that base and tuned are compared on.
     """
     pool = prompts * (1 + recipe.refine.variants * recipe.generate.seeds_per_variant)
-    compared = 2 * held_out * recipe.evaluate.images_per_prompt
+    compared = compared_images(recipe, held_out)
     rewards = (*recipe.score.rewards, *recipe.evaluate.rewards)
     drawing = _drawing_memory(recipe, figures)
     picture = PNG_BYTES * figures.side**2
@@ -156,6 +156,13 @@ def costs(recipe: Recipe, figures: Figures, prompts: int, held_out: int) -> list
             dtype,
         ),
     ]
+
+
+def compared_images(recipe: Recipe, held_out: int) -> int:
+    """Of base and tuned, and of each scale of the tuning."""
+    scaled = min(recipe.evaluate.scale_prompts or held_out, held_out)
+    prompts = 2 * held_out + len(recipe.evaluate.scales) * scaled
+    return prompts * recipe.evaluate.images_per_prompt
 
 
 def image_flops(recipe: Recipe, figures: Figures) -> Number:

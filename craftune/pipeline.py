@@ -20,6 +20,7 @@ from craftune.records import write_json
 from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
 from craftune.selection import NothingSelected, select
 from craftune.stages.score import CUT
+from craftune.tuning import SCALED
 
 SENTENCES = {
     "prompts": "{prompts:,} of {rows:,} rows to train on, {evaluation_prompts:,} to compare on",
@@ -34,7 +35,10 @@ SENTENCES = {
 }
 """What is said of a finished stage, from its counts."""
 
-NOTES = {"refine": ("prompts with fewer rewrites", "tokens in", "tokens out")}
+NOTES = {
+    "refine": ("prompts with fewer rewrites", "tokens in", "tokens out"),
+    "evaluate": (SCALED,),
+}
 """Counts that are said of a finished stage where they are there and not 0."""
 
 LESS_MEMORY = {

@@ -1,6 +1,5 @@
 """What each stage is made from, and what it does: the recipe as up to eight `runs.Stage`."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from craftune.config import Recipe
 from craftune.hub_prompts import on_hub
 from craftune.plugins import source_sha256
 from craftune.processes import ALONE, Processes
-from craftune.records import canonical, sha256
+from craftune.records import sha256
 from craftune.runs import NEEDS, STAGES, Stage, stage_folder
 from craftune.seeds import stream_seed
 from craftune.stages.generate import generate
@@ -45,8 +44,7 @@ def stages(
         start = trained(recipe, before)
         run["seed"] = stream_seed("round", run["seed"], before.name)
     # Reads every weight, so once is enough.
-    identity = processes.told(lambda: models.identity(start))
-    weights = hashlib.sha256(canonical(identity).encode()).hexdigest()
+    weights = processes.told(lambda: models.weights_sha256(start))
     plan = Plan(
         recipe,
         methods.build(recipe.method.name, recipe.method.settings),
@@ -168,6 +166,7 @@ def _evaluate(plan: Plan) -> Stage:
     recipe, method = plan.recipe, plan.method
     first = method.rewards if method.fed_with == "prompts" else ()
     names = tuple(dict.fromkeys((*first, *recipe.score.rewards, *recipe.evaluate.rewards)))
+    scaled = ("scales", "scale_prompts") if recipe.evaluate.scales else ()
     return Stage(
         "evaluate",
         reads=("prompts", "train"),
@@ -175,7 +174,7 @@ def _evaluate(plan: Plan) -> Stage:
             **plan.made_from,
             "generate": plan.without("generate", "batch_size", "keep_latents"),
             "score": plan.only("score", "rewards"),
-            "evaluate": plan.only("evaluate", "images_per_prompt", "rewards"),
+            "evaluate": plan.only("evaluate", "images_per_prompt", "rewards", *scaled),
             **plan.weights(names),
         },
         work=lambda out: compare(plan, names, out),

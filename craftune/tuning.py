@@ -5,7 +5,7 @@ model: training, and the comparison of what it made with what it started from.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from craftune import methods, models, rewards
 from craftune.config import ModelConfig, Recipe
 from craftune.methods import PGRAFT
+from craftune.mixing import mix_into, scale_arm
 from craftune.models.files import checkpoint, stored_dtype
 from craftune.processes import Processes
 from craftune.records import write_json
@@ -25,6 +26,9 @@ from craftune.stages.generate import sampler_of
 from craftune.stages.prompt_feed import prompt_feed
 from craftune.stages.train import Feed, example_feed, train
 from craftune.types import Model, Reward
+
+SCALED = "images at other scales"
+"""Name of their count."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,10 @@ class Plan:
         """A checkpoint on the run's device."""
         return models.load(config, self.device)
 
-    def load_exactly(self) -> Model:
-        """The checkpoint on the CPU, in no narrower dtype than it is stored in."""
-        dtype = stored_dtype(checkpoint(self.start))
-        return models.load(replace(self.start, dtype=dtype), torch.device("cpu"))
+    def load_exactly(self, config: ModelConfig) -> Model:
+        """A checkpoint on the CPU, in no narrower dtype than it is stored in."""
+        dtype = stored_dtype(checkpoint(config))
+        return models.load(replace(config, dtype=dtype), torch.device("cpu"))
 
     def reward(self, name: str) -> Reward:
         """A reward on the run's device."""
@@ -107,7 +111,7 @@ def tune(plan: Plan, out: Path) -> dict[str, int]:
         _feed(plan),
         out,
         plan.processes,
-        None if recipe.training_dtype == "float32" else plan.load_exactly,
+        None if recipe.training_dtype == "float32" else lambda: plan.load_exactly(plan.start),
     )
     if isinstance(method, PGRAFT) and plan.processes.main:
         stitch = {
@@ -137,24 +141,45 @@ def _feed(plan: Plan) -> Callable[[Model], Feed]:
 
 
 def compare(plan: Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
-    """Base, then tuned, on the evaluation prompts."""
+    """Base, then tuned, then the scales of the tuning, on the evaluation prompts."""
     recipe, prompts = plan.recipe, plan.at["prompts"] / "evaluation.jsonl"
     tuned = trained(recipe, plan.at["train"].parent)
-    counts: dict[str, int] = {}
-    for arm, config in (("base", recipe.model), ("tuned", tuned)):
-        model, seed = plan.drawing(config), recipe.run.seed
-        counts |= evaluate(
+
+    def drawn(arm: str, model: Model, count: int = 0) -> dict[str, int]:
+        return evaluate(
             arm,
             recipe.evaluate,
             recipe.generate,
             model,
             names,
-            seed,
+            recipe.run.seed,
             prompts,
             out,
             plan.reward,
             plan.processes,
+            count,
         )
+
+    counts = drawn("base", plan.drawing(recipe.model))
+    model = plan.drawing(tuned)
+    counts |= drawn("tuned", model)
+    between = 0
+    for arm in _scaled(plan, model, tuned):
+        between += drawn(arm, model, recipe.evaluate.scale_prompts)[f"{arm} images"]
     if plan.processes.main:
         shutil.copy(prompts, out / "prompts.jsonl")
-    return counts
+    return counts | ({SCALED: between} if between else {})
+
+
+def _scaled(plan: Plan, model: Model, tuned: ModelConfig) -> Iterator[str]:
+    """Give the tuned model, in place, the weights of each of evaluate.scales; yields its name.
+
+    They are mixed as they are stored and rounded to model.dtype once: most of what lies between
+    two weights that were rounded before would round to one of them.
+    """
+    scales = plan.recipe.evaluate.scales
+    configs = (plan.recipe.model, tuned) if scales else ()
+    ends = [plan.load_exactly(config).denoiser.network.state_dict() for config in configs]
+    for scale in scales:
+        mix_into(model.denoiser.network, ends[0], [(ends[1], scale)])
+        yield scale_arm(scale)

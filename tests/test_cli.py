@@ -35,6 +35,7 @@ COMMANDS = (
     "explain",
     "verify-reward",
     "export",
+    "mix",
     "serve-reward",
     "list",
 )

@@ -70,6 +70,17 @@ def test_images_and_flops_by_hand(recipe: Recipe) -> None:
     assert (found["evaluate"].images, found["evaluate"].flops) == (120, 120 * image)
 
 
+@pytest.mark.parametrize(("first", "images"), [(0, 120 + 2 * 60), (5, 120 + 2 * 15), (99, 240)])
+def test_each_scale_costs_as_much_as_the_tuned_model(
+    recipe: Recipe, first: int, images: int
+) -> None:
+    """2 x 20 prompts x 3 images, and 20 x 3 more per scale, or 5 x 3."""
+    wanted = dataclasses.replace(recipe.evaluate, scales=(0.25, 0.5), scale_prompts=first)
+    found = by_name(dataclasses.replace(recipe, evaluate=wanted))["evaluate"]
+    assert (found.images, found.flops) == (images, images * (10 * 2 * 7 + 5 + 3))
+    assert found.disk == pytest.approx(images * 1.7 * 100)
+
+
 def test_guidance_that_is_an_input_is_one_call(recipe: Recipe) -> None:
     embedded = dataclasses.replace(FIGURES, guidance_embedded=True)
     assert by_name(recipe, embedded)["generate"].flops == 500 * (10 * 7 + 5 + 3)

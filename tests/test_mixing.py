@@ -25,8 +25,23 @@ def test_the_ends_are_base_and_tuned() -> None:
     for scale, wanted in ((0.0, base), (1.0, tuned)):
         found = mixed(base, [(tuned, scale)])
         for name, weight in wanted.items():
-            torch.testing.assert_close(found[name], weight)
+            assert torch.equal(found[name], weight)
     assert mixed(base, []).keys() == base.keys()
+
+
+def test_half_way_is_the_mean() -> None:
+    base, tuned = toy(seed=0).network.state_dict(), toy(seed=1).network.state_dict()
+    for name, weight in mixed(base, [(tuned, 0.5)]).items():
+        torch.testing.assert_close(weight, (base[name] + tuned[name]) / 2)
+
+
+def test_half_precision_is_rounded_once() -> None:
+    """Three quarters of the way from 1 to the next bfloat16 is that one; 1/4 of the way is 1."""
+    network = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    ends = [{"weight": torch.tensor([[x]])} for x in (1.0, 1 + 2**-7)]
+    for scale, wanted in ((0.75, 1 + 2**-7), (0.25, 1.0)):
+        mix_into(network, ends[0], [(ends[1], scale)])
+        assert network.weight.item() == wanted
 
 
 def adapted(model: Model, seed: int) -> torch.nn.Module:
@@ -43,7 +58,7 @@ def test_scaled_weights_are_scaled_adapters() -> None:
     model = load_sd(kept_checkpoint())
     network = adapted(model, 1)
     whole = copy.deepcopy(model.denoiser.network)
-    mix_into(whole, [(merged(network), 0.4)])
+    mix_into(whole, whole.state_dict(), [(merged(network).state_dict(), 0.4)])
     network.set_adapters(["default"], [0.4])  # type: ignore[operator]
     x = torch.randn(2, *model.latent_shape, generator=stream("x"))
     cond, t = model.encode_prompts(["two red dogs", "a cat"]), torch.tensor([10, 900])
@@ -56,8 +71,15 @@ def test_scaled_weights_are_scaled_adapters() -> None:
 
 
 def test_other_networks_are_refused() -> None:
-    base, other = toy(width=8).network.state_dict(), toy(width=16).network.state_dict()
+    network = toy(width=8).network
+    base, other = network.state_dict(), toy(width=16).network.state_dict()
     with pytest.raises(ValueError, match=r"'layers\.0\.weight' is not the same"):
         mixed(base, [(other, 1.0)])
     with pytest.raises(ValueError, match=r"'out\.bias'"):
         mixed(base, [({k: v for k, v in base.items() if k != "out.bias"}, 1.0)])
+    with pytest.raises(ValueError, match=r"'more' is not the same in all models: absent and of"):
+        mixed(base, [(base | {"more": base["out.bias"]}, 1.0)])
+    before = {k: v.clone() for k, v in base.items()}
+    with pytest.raises(ValueError, match="not the same"):
+        mix_into(network, base, [(other, 0.5)])
+    assert all(torch.equal(weight, before[k]) for k, weight in network.state_dict().items())

@@ -125,6 +125,7 @@ settings = {{ after = {after} }}
 def test_p_graft_is_compared_stitched_and_says_how_to_load(tmp_path: Path) -> None:
     job = graft(tmp_path, rounds=2, method=PGRAFT.format(after=1))
     text = job.recipe.read_text().replace("num_steps = 2", "num_steps = 3\nkeep_states = [1, 2]")
+    text = text.replace("num_prompts = 4", "num_prompts = 4\nscales = [0.5]")
     job.recipe.write_text(text)
     answer = call(["run", job.recipe], job.folder)
     assert answer.status == 0, answer.err
@@ -132,6 +133,11 @@ def test_p_graft_is_compared_stitched_and_says_how_to_load(tmp_path: Path) -> No
     assert all([s["after"] for s in row["states"]] == [1, 2] for row in pool)
     stitch = read_json(job.stage("train") / "stitch.json")
     assert stitch["t_star"] == pool[0]["states"][0]["timestep"]
+    arms = [
+        {r["image"]["bytes"] for r in read_table(found, ["image"]).to_pylist()}
+        for found in (job.stage("evaluate").glob(f"images-{a}-*") for a in ("base", "scale-0.5"))
+    ]
+    assert not arms[0] & arms[1]
     assert f'craftune.load_stitched("{job.stage("train") / "model"}"' in answer.out
 
     other = call(["check", job.recipe, "--set", "method.settings.after=3"], job.folder)

@@ -59,6 +59,11 @@ class Format:
 
 def _write_diffusers(run: Trained, dtype: torch.dtype, out: Path) -> None:
     foreign.write_folder(run.model, run.settings, out, dtype)
+    for_older_releases(out)
+
+
+def for_older_releases(out: Path) -> None:
+    """Text encoders' keys as older transformers read them; no path of this machine."""
     for config in [out / "model_index.json", *out.glob("*/config.json")]:
         value = read_json(config)
         value.pop("_name_or_path", None)  # where the base lay on this machine

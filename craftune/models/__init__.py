@@ -3,6 +3,7 @@
 A family is one file with `load(path, config, device) -> Model`. Heavy imports stay inside it.
 """
 
+import hashlib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from craftune.errors import UserError, unknown_name
 from craftune.models.files import EMBEDDED as EMBEDDED
 from craftune.models.files import SETTINGS, checkpoint
 from craftune.models.files import resolve as resolve
-from craftune.records import read_json, sha256
+from craftune.records import canonical, read_json, sha256
 from craftune.types import Model
 
 
@@ -145,6 +146,11 @@ def identity(config: ModelConfig) -> dict[str, Any]:
     found = sorted({file for pattern in read for file in folder.rglob(pattern)})
     files |= {str(file.relative_to(folder)): sha256(file) for file in found}
     return {"family": family, "files": files}
+
+
+def weights_sha256(config: ModelConfig) -> str:
+    """One number for `identity`; reads every weight."""
+    return hashlib.sha256(canonical(identity(config)).encode()).hexdigest()
 
 
 def load(config: ModelConfig, device: torch.device) -> Model:

@@ -72,7 +72,7 @@ def load_pipeline(
         raise UserError(f"{path}: cannot be loaded as {what}: {reason}") from None
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            _check_weights(part, f"{path}: {name}" if path.is_file() else str(path / name))
+            check_weights(part, f"{path}: {name}" if path.is_file() else str(path / name))
             part.requires_grad_(False).eval()
     return pipe
 
@@ -113,7 +113,8 @@ def quiet() -> None:
     transformers_log.set_verbosity_error()
 
 
-def _check_weights(module: nn.Module, where: str) -> None:
+def check_weights(module: nn.Module, where: str) -> None:
+    """Raises UserError where a weight is missing or not finite."""
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise UserError(f"{where}: lacks the weight {name!r}; the checkpoint is incomplete")

@@ -108,7 +108,11 @@ def write_folder(model: Path, base: Path, out: Path, dtype: torch.dtype) -> None
         base: a diffusers folder whose tokenizers' files are taken where transformers 5 no longer
             writes them.
     """
-    pipe = open_folder(model, dtype)
+    write_pipeline(open_folder(model, dtype), base, out, dtype)
+
+
+def write_pipeline(pipe: Any, base: Path, out: Path, dtype: torch.dtype) -> None:
+    """The same of a pipeline in memory."""
     pipe.set_progress_bar_config(disable=True)
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     network: nn.Module = getattr(pipe, name)

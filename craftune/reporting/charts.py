@@ -69,6 +69,27 @@ def curve(steps: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"], name:
     return _svg(parts, f"{name} over the training steps")
 
 
+def sweep(
+    scales: Sequence[float], means: Sequence[float], ends: Sequence[tuple[float, float]], name: str
+) -> Markup:
+    """A measure over the tuning's scale, with the interval of its change from the base.
+
+    Args:
+        ends: of each interval, on the measure's own scale; equal where there is none.
+    """
+    low, high = _range(np.array([*means, *(end for pair in ends for end in pair)]))
+    x = Axis(min(scales), max(scales), LEFT, WIDTH - RIGHT - 6)
+    y = Axis(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [_x_axis(x), _y_axis(y)]
+    drawn = " ".join(f"{x.at(s)},{y.at(m)}" for s, m in zip(scales, means, strict=True))
+    parts.append(f'<polyline class="smooth" points="{drawn}"/>')
+    for scale, mean, (below, above) in zip(scales, means, ends, strict=True):
+        kind, at = "base" if scale == 0 else "tuned", x.at(scale)
+        parts.append(f'<line class="error" {_line(at, y.at(below), at, y.at(above))}/>')
+        parts.append(f'<circle class="point {kind}" cx="{at}" cy="{y.at(mean)}" r="3.5"/>')
+    return _svg(parts, f"{name} over the scale of the tuning, 0 the base and 1 the tuned model")
+
+
 def moving_average(values: Float[np.ndarray, " n"], reach: int) -> Float[np.ndarray, " n"]:
     """Mean over up to `reach` steps on either side; fewer at the ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])

@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from craftune import statistics
 from craftune.reporting import wording
@@ -65,7 +65,7 @@ def entry(run: Run, name: str, pair: Pair, boot: Bootstrap) -> dict[str, Any]:
     base, tuned = pair
     role = "training" if name in run.evaluation.training else "held-out"
     found = statistics.compare(base, tuned, run.evaluation.prompt, boot.rng(), boot.resamples)
-    difference = _interval(found.difference)
+    difference = interval(found.difference)
     is_share = set(np.unique(base)) | set(np.unique(tuned)) <= {0.0, 1.0}
     return {
         "name": name,
@@ -77,7 +77,7 @@ def entry(run: Run, name: str, pair: Pair, boot: Bootstrap) -> dict[str, Any]:
         "difference": difference,
         "effect": _optional(found.effect),
         "relative": _optional(found.relative),
-        "win_rate": _interval(found.win_rate),
+        "win_rate": interval(found.win_rate),
         "quantiles": {
             "at": list(QUANTILES),
             "base": np.quantile(base, QUANTILES).tolist(),
@@ -87,10 +87,11 @@ def entry(run: Run, name: str, pair: Pair, boot: Bootstrap) -> dict[str, Any]:
 
 
 def _optional(found: Estimate | None) -> dict[str, float | None] | None:
-    return None if found is None else _interval(found)
+    return None if found is None else interval(found)
 
 
-def _interval(found: Estimate) -> dict[str, float | None]:
+def interval(found: Estimate) -> dict[str, float | None]:
+    """As report.json has it; no ends where there is no interval."""
     low, high = (x if math.isfinite(x) else None for x in (found.low, found.high))
     return {"mean": found.mean, "low": low, "high": high}
 
@@ -106,15 +107,13 @@ def diversity(run: Run, boot: Bootstrap) -> dict[str, Any]:
     evaluation = run.evaluation
     if images_per_prompt(evaluation)[0] < 2:
         return {"absent": "it needs at least two images per prompt (evaluate.images_per_prompt)"}
-    folder, per_prompt = stage_folder(run.folder, "evaluate"), {}
+    per_prompt = {}
     keys = [
         (evaluation.ids[p], int(s))
         for p, s in zip(evaluation.prompt, evaluation.sample, strict=True)
     ]
     for model in ("base", "tuned"):
-        small = reduced(folder.glob(f"images-{model}-*.parquet"))
-        pixels = np.stack([small[key] for key in keys]).astype(np.float32) / 255
-        per_prompt[model] = statistics.diversity(pixels, evaluation.prompt)
+        per_prompt[model] = spread(run, model, keys, evaluation.prompt)
     found = statistics.ratio(per_prompt["tuned"], per_prompt["base"], boot.rng(), boot.resamples)
     return {
         "distance": "mean absolute RGB difference in [0, 1] after reduction to 32 x 32 by area",
@@ -122,6 +121,20 @@ def diversity(run: Run, boot: Bootstrap) -> dict[str, Any]:
         "tuned": per_prompt["tuned"].mean(),
         "ratio": _optional(found),
     }
+
+
+def spread(
+    run: Run, arm: str, keys: Sequence[tuple[str, int]], prompt: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " p"]:
+    """Mean distance between each prompt's images of one arm of the comparison.
+
+    Args:
+        keys: prompt id and number of the images.
+        prompt: of each, numbered 0..p-1.
+    """
+    small = reduced(stage_folder(run.folder, "evaluate").glob(f"images-{arm}-*.parquet"))
+    pixels = np.stack([small[key] for key in keys]).astype(np.float32) / 255
+    return statistics.diversity(pixels, prompt)
 
 
 def categories(run: Run, pairs: Mapping[str, Pair], boot: Bootstrap) -> dict[str, Any]:
@@ -150,5 +163,5 @@ def categories(run: Run, pairs: Mapping[str, Pair], boot: Bootstrap) -> dict[str
 
 
 def _cell(found: Comparison) -> dict[str, Any]:
-    difference = _interval(found.difference)
+    difference = interval(found.difference)
     return {"base": found.base, "tuned": found.tuned, "difference": difference}

@@ -114,9 +114,30 @@ def _comparison(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
             if entry["kind"] == "score"
         ],
         "shares": [entry for entry in ordered if entry["kind"] == "share"],
+        "sweeps": _sweeps(summary["scales"], ordered),
         "dumbbells": diagrams.dumbbells(summary["categories"], first),
         "verdict": wording.verdict,
     }
+
+
+def _sweeps(
+    found: Mapping[str, Any] | None, entries: Sequence[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], Markup]]:
+    """A curve per measure over the tuning's scale; none where there is no sweep."""
+    rows = found["rows"] if found else []
+    charted = []
+    for entry in entries if rows else ():
+        cells = [row["measures"][entry["name"]] for row in rows]
+        base = cells[0]["mean"]
+        ends = [
+            (c["mean"], c["mean"])
+            if c["difference"]["low"] is None
+            else (base + c["difference"]["low"], base + c["difference"]["high"])
+            for c in cells
+        ]
+        scales, means = [row["scale"] for row in rows], [cell["mean"] for cell in cells]
+        charted.append((entry, charts.sweep(scales, means, ends, entry["name"])))
+    return charted
 
 
 def _pool(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from craftune.errors import UserError
 from craftune.identities import one_identity_each
 from craftune.methods import build
+from craftune.mixing import scale_arm
 from craftune.records import read_json, read_table
 from craftune.runs import NEEDS, done, stage_folder
 
@@ -106,7 +107,9 @@ def read_run(folder: Path) -> Run:
         recipe=recipe,
         stages={name: record for name, record in stages.items() if record is not None},
         evaluation=_evaluation(
-            stage_folder(folder, "evaluate"), training, _identities(folder, bool(pool))
+            stage_folder(folder, "evaluate"),
+            training,
+            _identities(folder, bool(pool), recipe["evaluate"]["scales"]),
         ),
         selection=selection,
         verdicts=verdicts,
@@ -115,13 +118,13 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _identities(run: Path, with_pool: bool) -> dict[str, dict[str, Any]]:
-    """What each reward measured with, the same in the pool and in both models' images."""
+def _identities(run: Path, with_pool: bool, scales: Iterable[float]) -> dict[str, dict[str, Any]]:
+    """What each reward measured with, the same in the pool and in all models' images."""
     pool, images = stage_folder(run, "score"), stage_folder(run, "evaluate")
     paths = {str(pool): list(pool.glob("part-*.parquet"))} if with_pool else {}
     paths |= {
         f"{images}/scores-{model}-*.parquet": list(images.glob(f"scores-{model}-*.parquet"))
-        for model in ("base", "tuned")
+        for model in ("base", "tuned", *map(scale_arm, scales))
     }
     tables = {place: read_table(found, ["reward", "identity"]) for place, found in paths.items()}
     return one_identity_each(tables, "run with --redo score, on one device and with one reward")
@@ -149,7 +152,7 @@ def _evaluation(
     scores = {}
     for model in ("base", "tuned"):
         scored = read_table(folder.glob(f"scores-{model}-*.parquet"))
-        scores[model] = _by_reward(scored, table, folder, model)
+        scores[model] = by_reward(scored, table, folder, model)
     order = [*training, *(name for name in scores["base"] if name not in training)]
     return Evaluation(
         ids=tuple(ids.tolist()),
@@ -165,7 +168,7 @@ def _evaluation(
     )
 
 
-def _by_reward(
+def by_reward(
     scored: pa.Table, table: pa.Table, folder: Path, model: str
 ) -> dict[str, Float[np.ndarray, " n"]]:
     """Scores of each reward in the order of the images."""

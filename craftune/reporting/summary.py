@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from craftune.reporting import comparison, wording
+from craftune.reporting import comparison, scales, wording
 from craftune.reporting.comparison import Bootstrap
 from craftune.reporting.read import Run
 from craftune.selection import Status
@@ -43,6 +43,7 @@ def summarise(run: Run, resamples: int, seed: int) -> dict[str, Any]:
         "composite": entries[0],
         "rewards": entries[1:],
         "diversity": comparison.diversity(run, boot),
+        "scales": scales.summary(run, entries, boot),
         "categories": comparison.categories(run, pairs, boot),
         "prompt_counts": run.stages["prompts"]["counts"],
         "selection": _selection(run) if run.pool else None,

@@ -3,7 +3,7 @@
 The scale belongs to the reward's name, see `rewards.display_scale`; most have none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,21 @@ def in_tables(summary: Mapping[str, Any]) -> dict[str, Any]:
         "rewards": entries,
         "headline": [wording.sentence(entry) for entry in told],
         "categories": {"rows": rows} if rows else summary["categories"],
+        "scales": _scales(summary["scales"], told),
     }
+
+
+def _scales(
+    found: Mapping[str, Any] | None, told: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The sweep of the tuning's scale, and its sentences of these entries."""
+    if found is None:
+        return None
+    rows = [
+        row | {"measures": {named(n): _times(cell, n) for n, cell in row["measures"].items()}}
+        for row in found["rows"]
+    ]
+    return {**found, "rows": rows, "sentences": [wording.by_scale(entry, rows) for entry in told]}
 
 
 def pairs_in_tables(found: Mapping[str, Pair]) -> dict[str, Pair]:
@@ -64,5 +78,5 @@ def _times(cell: Mapping[str, Any], reward: str) -> dict[str, Any]:
     """Means and their difference."""
     scale = display_scale(reward)
     difference = {k: None if x is None else scale * x for k, x in cell["difference"].items()}
-    means = {"base": scale * cell["base"], "tuned": scale * cell["tuned"]}
+    means = {key: scale * cell[key] for key in ("base", "tuned", "mean") if key in cell}
     return {**cell, **means, "difference": difference}

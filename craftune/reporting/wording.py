@@ -106,6 +106,19 @@ def sentence(entry: Mapping[str, Any]) -> str:
     )
 
 
+def by_scale(entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """E.g. "shapes-i at scale 0.5: +0.21 [+0.10, +0.32]; at 1: +0.27 [+0.03, +0.50]"."""
+    parts = []
+    for row in rows:
+        difference = row["measures"][entry["name"]]["difference"]
+        unit = " points" if entry["kind"] == "share" else ""
+        bounds = interval(difference, entry)
+        moved = f"{change(difference['mean'], entry)}{unit}{' ' + bounds if bounds else ''}"
+        if row["scale"]:
+            parts.append(f"{row['scale']:g}: {moved}")
+    return f"{label(entry)} at scale {'; at '.join(parts)}"
+
+
 def conclusion(entries: Sequence[Mapping[str, Any]]) -> str:
     """All headline measures in one sentence, by name."""
     named = {found: [] for found in (IMPROVED, WORSE, UNCLEAR)}

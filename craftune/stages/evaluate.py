@@ -1,4 +1,7 @@
-"""Stage `evaluate`: base and tuned draw the same held-out prompts with the same noise."""
+"""Stage `evaluate`: base and tuned draw the same held-out prompts with the same noise.
+
+So do the scales between them that evaluate.scales names.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +31,7 @@ IMAGE = pa.schema(
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     ]
 )
-"""One image of the comparison; `model` is "base" or "tuned"."""
+"""One image of the comparison; `model` is "base", "tuned" or a scale (`mixing.scale_arm`)."""
 
 SCORE = pa.schema(
     [
@@ -54,11 +57,12 @@ def evaluate(
     out: Path,
     load: Callable[[str], Reward] = rewards.load,
     processes: Processes = ALONE,
+    count: int = 0,
 ) -> dict[str, int]:
     """Draw and score one model's images. Returns their number, and which prompts were cut.
 
     Args:
-        arm: "base" or "tuned".
+        arm: what the model is called in the files: "base", "tuned", or `mixing.scale_arm`.
         drawing: sampler settings, as for the pool.
         names: rewards, training and held-out alike.
         seed: the noise depends on it, the prompt and the image's number, not on the arm.
@@ -66,8 +70,9 @@ def evaluate(
         out: receives images-<arm>-*.parquet and scores-<arm>-*.parquet; finished ones are kept.
         load: a reward by its name, on the device where it is to run.
         processes: those that share the images; each calls this function.
+        count: draw the first this many prompts; 0 takes all.
     """
-    rows = _plan(arm, config, seed, read_rows(Prompt, prompts))
+    rows = _plan(arm, config, seed, read_rows(Prompt, prompts)[: count or None])
     size = drawing.shard_size
     empty = model.encode_prompts([""])
     loaded = [load(name) for name in dict.fromkeys(names)]
