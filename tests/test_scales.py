@@ -14,7 +14,7 @@ from toy import load_sd
 from craftune.config import EvaluateConfig
 from craftune.recipes import load_recipe
 from craftune.records import read_json, read_table
-from craftune.reporting import charts
+from craftune.reporting import charts, units
 from craftune.stages.evaluate import evaluate
 
 SETTINGS = ["evaluate.scales=[2.0, 0.5]", "evaluate.scale_prompts=3", "train.learning_rate=0.01"]
@@ -109,7 +109,7 @@ def without_evaluation(job: Tiny, folder: Path) -> tuple[Tiny, list[str]]:
 def test_killed_between_the_scales_it_goes_on_and_ends_the_same(job: Tiny, tmp_path: Path) -> None:
     copy, command = without_evaluation(job, tmp_path)
     with forks() as processes:
-        place = (str(copy.stage("evaluate")), 13)
+        place = (str(copy.stage("evaluate")), 8)
         ended = processes.run(command, copy.folder, kill_at=place)
         assert ended.status == -signal.SIGKILL, ended
         made = set(copy.stage("evaluate").glob("images-*"))
@@ -160,3 +160,17 @@ def test_the_curve_rises_where_the_measure_does() -> None:
     assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2)
     assert up[0] - up[1] == pytest.approx((up[1] - up[2]) / 2, abs=0.2)
     assert up[0] > up[2]
+
+
+def test_tables_show_a_reward_s_scales_in_its_unit(job: Tiny) -> None:
+    """HPS times 100, as in its other rows."""
+    report = read_json(job.stage("report") / "report.json")
+    entry = report["rewards"][0] | {"name": "hpsv2.1", "role": "held-out"}
+    raw = report["scales"]["rows"][2]["measures"][report["rewards"][0]["name"]]
+    rows = [{"scale": 1.0, "measures": {"composite": raw, "hpsv2.1": raw}}]
+    changed = {"rewards": [entry], "categories": {}, "scales": report["scales"] | {"rows": rows}}
+    found = units.in_tables(report | changed)["scales"]
+    cell = found["rows"][0]["measures"][units.named("hpsv2.1")]
+    assert cell["mean"] == pytest.approx(100 * raw["mean"])
+    assert cell["difference"]["low"] == pytest.approx(100 * raw["difference"]["low"])
+    assert found["sentences"][1].startswith(f"{units.named('hpsv2.1')} at scale 1: ")
