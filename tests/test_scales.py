@@ -109,10 +109,10 @@ def without_evaluation(job: Tiny, folder: Path) -> tuple[Tiny, list[str]]:
 def test_killed_between_the_scales_it_goes_on_and_ends_the_same(job: Tiny, tmp_path: Path) -> None:
     copy, command = without_evaluation(job, tmp_path)
     with forks() as processes:
-        place = (str(copy.stage("evaluate")), 8)
+        place = (str(copy.stage("evaluate") / "images-scale-0.5"), 1)
         ended = processes.run(command, copy.folder, kill_at=place)
         assert ended.status == -signal.SIGKILL, ended
-        made = set(copy.stage("evaluate").glob("images-*"))
+        made = set(copy.stage("evaluate").glob("images-*.parquet"))
         stamps = {path: path.stat().st_mtime_ns for path in made}
         ended = processes.run(command, copy.folder)
     assert ended.status == 0, ended.err
