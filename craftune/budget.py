@@ -3,25 +3,15 @@
 import textwrap
 from collections.abc import Iterable
 
+from craftune.assumed import GIB, GPUS, REWARDS, SHARE, Figures, Gpu, Number, StageCost
 from craftune.config import PromptsConfig, Recipe
-from craftune.costs import (
-    GIB,
-    GPUS,
-    REWARDS,
-    SHARE,
-    Figures,
-    Gpu,
-    Number,
-    StageCost,
-    checkpointing,
-    costs,
-    largest_micro_batch,
-)
+from craftune.costs import costs
 from craftune.errors import UserError
-from craftune.methods import METHODS
+from craftune.methods import PGRAFT, build
 from craftune.models import resolve
 from craftune.models.figures import figures
 from craftune.prompt_files import read_prompts
+from craftune.training_costs import checkpointing, largest_micro_batch
 
 COLUMNS = 80
 WHAT = {
@@ -36,14 +26,9 @@ def budget(recipe: Recipe) -> str:
     """The whole page.
 
     Raises:
-        UserError: the checkpoint or the number of prompts is not known here, or the method draws
-            its own images.
+        UserError: the checkpoint or the number of prompts is not known here, or there is no such
+            method or hyper-parameter.
     """
-    if METHODS[recipe.method.name].fed_with == "prompts":
-        raise UserError(
-            f"method.name: {recipe.method.name!r} draws its own images in training, which is not "
-            "estimated yet; plan the recipe with method.name = 'craft' for its evaluation"
-        )
     counted = figures(recipe.model, recipe.train.lora, checkpointing(recipe.train))
     prompts, held_out = _prompts(recipe)
     found = costs(recipe, counted, prompts, held_out)
@@ -124,7 +109,7 @@ def _fits(recipe: Recipe, counted: Figures, found: list[StageCost], gpu: Gpu) ->
     if not small:
         return "fits"
     if small == ["train"]:
-        size = largest_micro_batch(recipe.train, counted, gpu, recipe.training_dtype)
+        size = largest_micro_batch(recipe, counted, gpu)
         return f"micro_batch {size}" if size else "cannot train"
     return "not enough"
 
@@ -138,10 +123,19 @@ def _remarks(recipe: Recipe, found: list[StageCost]) -> Iterable[str]:
     used = {recipe.model.dtype, recipe.train.precision}
     shares = " and ".join(f"{SHARE[d]:.0%} of the {d} rate" for d in sorted(used))
     yield f"Assumed: {shares} of the data sheet; loading and downloads not counted."
-    unknown = [n for n in (*recipe.score.rewards, *recipe.evaluate.rewards) if n not in REWARDS]
+    method = build(recipe.method.name, recipe.method.settings)
+    drawn = method.fed_with == "prompts"
+    if drawn:
+        yield "train: each example is an image drawn, decoded, scored and differentiated."
+    elif recipe.run.rounds > 1:
+        yield f"generate, score and train: all {recipe.run.rounds} rounds, whose files stay."
+    if isinstance(method, PGRAFT):
+        yield f"generate stores {len(recipe.generate.keep_states)} states a candidate."
+    named = (*(method.rewards if drawn else ()), *recipe.score.rewards, *recipe.evaluate.rewards)
+    unknown = [name for name in dict.fromkeys(named) if name not in REWARDS]
     if unknown:
         yield f"Not counted: the reward{'s' * (len(unknown) > 1)} {', '.join(unknown)}."
-    if recipe.refine.by in ("openai", "transformers"):
+    if not drawn and recipe.refine.by in ("openai", "transformers"):
         yield "Not counted: the language model that rewrites the prompts."
     if recipe.model.dtype == "float32":
         yield 'model.dtype = "bfloat16" would draw several times faster on these GPUs.'

@@ -2,26 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import call, tiny
 
-from craftune.config import LoraConfig, Recipe, TrainConfig
-from craftune.costs import (
-    AUTOCAST,
-    GIB,
-    GPUS,
-    RESERVE,
-    SHARE,
-    Figures,
-    Gpu,
-    StageCost,
-    costs,
-    example_flops,
-    largest_micro_batch,
-    training_memory,
-)
+from craftune.assumed import AUTOCAST, GIB, GPUS, RESERVE, SHARE, Figures, Gpu, StageCost
+from craftune.config import LoraConfig, MethodConfig, Recipe, TrainConfig
+from craftune.costs import costs
 from craftune.recipes import load_recipe
+from craftune.training_costs import example_flops, largest_micro_batch, memory, training_memory
 
 FIGURES = Figures(
     denoiser="unet",
@@ -150,12 +140,13 @@ def test_the_whole_checkpoint_has_to_fit_while_it_loads() -> None:
     assert training_memory(PLAIN, big, 1, "float32") == 4 * (10**10 + 1000) + RESERVED
 
 
-def test_the_micro_batch_that_fits() -> None:
+def test_the_micro_batch_that_fits(recipe: Recipe) -> None:
     config, least = dataclasses.replace(PLAIN, batch_size=64), RESERVE + 0.1
-    assert largest_micro_batch(config, FIGURES, Gpu(least + 80, 1, 1), "float32") == 4
-    assert largest_micro_batch(config, FIGURES, Gpu(least + 79, 1, 1), "float32") == 2
-    assert largest_micro_batch(config, FIGURES, Gpu(least, 1, 1), "float32") == 0
-    assert largest_micro_batch(config, FIGURES, Gpu(10**6, 1, 1), "float32") == 64
+    job = dataclasses.replace(recipe, train=config)
+    assert largest_micro_batch(job, FIGURES, Gpu(least + 80, 1, 1)) == 4
+    assert largest_micro_batch(job, FIGURES, Gpu(least + 79, 1, 1)) == 2
+    assert largest_micro_batch(job, FIGURES, Gpu(least, 1, 1)) == 0
+    assert largest_micro_batch(job, FIGURES, Gpu(10**6, 1, 1)) == 64
 
 
 def test_disk_by_hand(recipe: Recipe) -> None:
@@ -174,6 +165,104 @@ def test_hours_depend_on_the_dtype() -> None:
     assert cost.hours(GPUS["H100 80 GB"]) == pytest.approx(1)
     slow = dataclasses.replace(cost, dtype="float32").hours(GPUS["H100 80 GB"])
     assert slow == pytest.approx(989 * SHARE["bfloat16"] / (67 * SHARE["float32"]))
+
+
+def drawn(recipe: Recipe, name: str, **settings: Any) -> Recipe:
+    """With a method that draws its own images, adapters, and two at once of batches of 8."""
+    train = dataclasses.replace(recipe.train, lora=LoraConfig(rank=4), micro_batch=2, batch_size=8)
+    method = MethodConfig(name, {"rewards": {"pickscore": 1.0}, **settings})
+    return dataclasses.replace(recipe, method=method, train=train)
+
+
+JUDGED = 2 * 382e9
+"""PickScore, forward and back to the picture."""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "calls", "decoded"),
+    [
+        # 10 steps of 2 branches; the last step's backward pass through adapters is 1.1 forward
+        ("draft", {}, 2 * (10 + 1.1), 1),
+        # three steps back, each made again
+        ("draft", {"grad_steps": 3}, 2 * (10 + 3 + 3 * 1.1), 1),
+        ("draft", {"grad_steps": 0}, 2 * (10 + 10 + 10 * 1.1), 1),
+        # 10 steps, then the last one twice more, both decoded
+        ("draft", {"repeats": 2}, 2 * (10 + 2 + 2 * 1.1), 2),
+        # tau is 7, 8 or 9, and then one step; unguided
+        ("refl", {}, 8 + 1 + 1.1, 1),
+        ("refl", {"guided": True}, 2 * (8 + 1 + 1.1), 1),
+        # 1 to 10 steps back, 5.5 on average; one of ten times a single one, not made again
+        ("alignprop", {}, 2 * (10 + 5.5 * 1.1 + 5.5 - 0.1), 1),
+    ],
+)
+def test_drawing_in_training_by_hand(
+    recipe: Recipe, name: str, settings: dict[str, Any], calls: float, decoded: int
+) -> None:
+    found = by_name(drawn(recipe, name, **settings))
+    assert list(found) == ["train", "evaluate"]
+    assert found["train"].images == 64
+    rewarded = 64 * decoded * JUDGED
+    assert found["train"].exact == pytest.approx(rewarded)
+    wanted = 64 * (calls * 7 + decoded * 2 * 5 + 3)
+    assert found["train"].flops - rewarded == pytest.approx(wanted, abs=0.1)
+    assert found["evaluate"].flops == pytest.approx(120 * (10 * 2 * 7 + 5 + 3 + 382e9))
+
+
+def test_recomputed_blocks_add_to_each_differentiated_step(recipe: Recipe) -> None:
+    """On top of K > 1's own recomputing: 0.75 of a call for each of its three steps."""
+    job = drawn(recipe, "draft", grad_steps=3)
+    again = dataclasses.replace(job.train, gradient_checkpointing=True)
+    with_blocks = by_name(dataclasses.replace(job, train=again))["train"]
+    without = by_name(job)["train"]
+    assert with_blocks.flops - without.flops == pytest.approx(64 * 2 * 3 * 0.75 * 7, abs=0.1)
+
+
+def test_memory_of_drawing_in_training_by_hand(recipe: Recipe) -> None:
+    """Everything stays on the GPU; a step's two branches, the decoder and the reward are kept."""
+    figures = dataclasses.replace(FIGURES, trained=10, decode_kept_bytes=GIB)
+    judge = 64 * 257 * 1280 * 32
+    fixed = 4 * 1110 + (4 + 8 + 4) * 10 + 4 * 986e6 + RESERVED
+    each = 2 * 2 * 10 * GIB + 2 * GIB + judge
+    for grad_steps in (1, 3, 0):
+        job = drawn(recipe, "draft", grad_steps=grad_steps)
+        assert memory(job, figures, 2) == pytest.approx(fixed + 2 * each, rel=1e-12)
+    twice = drawn(recipe, "draft", repeats=2)
+    assert memory(twice, figures, 2) == pytest.approx(fixed + 4 * each, rel=1e-12)
+    alone = memory(drawn(recipe, "refl"), figures, 2)
+    assert alone == pytest.approx(fixed + 2 * (each - 2 * 10 * GIB), rel=1e-12)
+    room = (fixed + 4 * each) / GIB + 0.1
+    assert largest_micro_batch(drawn(recipe, "draft"), figures, Gpu(room, 1, 1)) == 4
+    assert by_name(drawn(recipe, "draft"), figures)["train"].memory == pytest.approx(
+        fixed + 2 * each
+    )
+
+
+def test_rewards_take_float32_s_time_whatever_the_precision() -> None:
+    """A second of bfloat16's arithmetic, and one of float32's."""
+    gpu = Gpu(80, 989, 67)
+    half, exact = 989e12 * 0.3, 67e12 * 0.6
+    cost = StageCost("train", 1, half + exact, 0, 0, "bfloat16", exact)
+    assert cost.hours(gpu) == pytest.approx(2 / 3600)
+
+
+def test_states_and_rounds_by_hand(recipe: Recipe) -> None:
+    """Two states of 16 numbers beside the latents; three rounds of pool and training."""
+    once = by_name(recipe)
+    kept = dataclasses.replace(recipe.generate, keep_states=(3, 6))
+    method = MethodConfig("pgraft", {"after": 3})
+    stored = dataclasses.replace(recipe, generate=kept, method=method)
+    found = by_name(stored)
+    assert found["generate"].disk == pytest.approx(500 * (1.7 * 100 + 3 * 4 * 16))
+    assert found["generate"].memory == once["generate"].memory
+    assert found["evaluate"].memory == once["evaluate"].memory + 4 * 1110  # a whole base beside
+    thrice = dataclasses.replace(stored, run=dataclasses.replace(stored.run, rounds=3))
+    rounds = by_name(thrice)
+    assert rounds["generate"].images == 3 * 500
+    assert rounds["generate"].memory == once["generate"].memory + 4 * 1110
+    for name in ("generate", "score", "train"):
+        assert rounds[name].flops == 3 * found[name].flops
+        assert rounds[name].disk == 3 * found[name].disk
+    assert rounds["evaluate"] == found["evaluate"]
 
 
 def test_the_page_fits_a_terminal_and_loads_no_weights(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from craftune.errors import UserError, unknown_name
 from craftune.methods.alignprop import AlignProp
 from craftune.methods.craft import CRAFT
 from craftune.methods.denoising import NoiseLevels
-from craftune.methods.draft import DRaFT
+from craftune.methods.draft import DRaFT as DRaFT
 from craftune.methods.graft import GRAFT
 from craftune.methods.pgraft import PGRAFT as PGRAFT
 from craftune.methods.refl import ReFL

@@ -14,6 +14,7 @@ configuration draws with eta = 1, here the sampler is deterministic; their facto
 """
 
 from dataclasses import field
+from statistics import NormalDist
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.drawing import Scales, Weights, draw, rewarded, starts
+from craftune.methods.drawing import Passes, Scales, Weights, draw, rewarded, starts
 from craftune.types import Denoiser, Metrics, Prompts, Starts
 
 MEAN, DEVIATION = 42 / 50, 5 / 50
@@ -48,6 +49,20 @@ class AlignProp:
     def needs_reference(self) -> bool:
         """It does not."""
         return False
+
+    def passes(self, steps: int) -> Passes:
+        """Of one image, over the law of the cut; one step alone is not taken again."""
+        law = self.chances(steps)
+        backward = sum(chance * (steps - cut) for cut, chance in enumerate(law))
+        return Passes(steps, backward, backward - law[steps - 1])
+
+    def chances(self, steps: int) -> list[float]:
+        """Of each cut, 0 to steps - 1, as `cut` draws them."""
+        if self.law == "uniform" or steps == 1:
+            return [1 / steps] * steps
+        normal = NormalDist(MEAN, DEVIATION)
+        masses = [normal.cdf((k + 1) / steps) - normal.cdf(k / steps) for k in range(1, steps)]
+        return [0.0, *(mass / sum(masses) for mass in masses)]
 
     def draw(self, schedule: Schedule, batch: Prompts, rng: torch.Generator) -> Starts:
         """The noise that each image starts from, and the first step with gradient."""

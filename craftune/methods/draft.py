@@ -31,7 +31,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.drawing import Scales, Weights, draw, rewarded, starts
+from craftune.methods.drawing import Passes, Scales, Weights, draw, rewarded, starts
 from craftune.types import Denoiser, Metrics, Prompts, Starts
 
 
@@ -58,6 +58,13 @@ class DRaFT:
     def needs_reference(self) -> bool:
         """It does not."""
         return False
+
+    def passes(self, steps: int) -> Passes:
+        """Of one image, with a sampler of so many steps."""
+        n, k = self.repeats, min(self.grad_steps or steps, steps)
+        if n:
+            return Passes(steps + n, n, 0, decoded=n, at_once=n)
+        return Passes(steps, k, k if k > 1 else 0)
 
     def draw(self, schedule: Schedule, batch: Prompts, rng: torch.Generator) -> Starts:
         """The noise that each image starts from, and DRaFT-LV's."""

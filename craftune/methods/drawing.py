@@ -5,6 +5,7 @@ reward. The sampler is deterministic, so all randomness is the noise, which is d
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -20,6 +21,27 @@ Weights = Annotated[dict[str, float], Field(min_length=1)]
 """Reward -> its factor in the sum that is maximised."""
 Scales = dict[str, tuple[float, Annotated[float, Field(gt=0)]]]
 """Reward -> (center, spread): it counts as (score - center) / spread."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one prompt's image costs in one update, on average; a step is a call per branch.
+
+    Attributes:
+        forward: the sampler's steps that are taken, with gradient or without.
+        backward: those that are differentiated.
+        again: those that are taken again in the backward pass (see `draw`).
+        decoded: images decoded and rewarded with gradient.
+        at_once: of them in one backward pass.
+        guided: whether a step has guidance's two branches.
+    """
+
+    forward: float | int
+    backward: float | int
+    again: float | int
+    decoded: int = 1
+    at_once: int = 1
+    guided: bool = True
 
 
 def weighted(

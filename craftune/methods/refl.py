@@ -29,7 +29,7 @@ from torch import Tensor
 
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.drawing import Scales, Weights, draw, rewarded, starts
+from craftune.methods.drawing import Passes, Scales, Weights, draw, rewarded, starts
 from craftune.types import Denoiser, Metrics, Prompts, Starts
 
 
@@ -56,6 +56,11 @@ class ReFL:
     def needs_reference(self) -> bool:
         """It does not."""
         return False
+
+    def passes(self, steps: int) -> Passes:
+        """Of one image: the steps before tau, and tau's own."""
+        before = (int(self.earliest * steps) + steps - 1) / 2
+        return Passes(before + 1, 1, 0, guided=self.guided)
 
     def draw(self, schedule: Schedule, batch: Prompts, rng: torch.Generator) -> Starts:
         """The noise that each image starts from, and tau."""

@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 from craftune.adapters import add_lora
+from craftune.assumed import Figures
 from craftune.config import LoraConfig
-from craftune.costs import Figures
 from craftune.errors import UserError
 from craftune.models.common import ATTENTION, quiet
 from craftune.models.flow import FEED_FORWARD, JOINT_ATTENTION
@@ -66,6 +66,8 @@ def drawing(parts: Parts) -> Figures:
     inputs = _inputs(kind, network.config, shape)
     drawn = measure(network, lambda: network(**inputs), gradient=False)
     decoded = measure(vae, lambda: vae.decode(_empty(1, *shape)), gradient=False)
+    tuned = _empty(1, *shape).requires_grad_(True)
+    kept = measure(vae, lambda: vae.decode(tuned), gradient=True).kept
     return Figures(
         denoiser=name,
         parameters={key: _size(part.parameters()) for key, part in networks.items()},
@@ -81,6 +83,7 @@ def drawing(parts: Parts) -> Figures:
         ),
         forward_bytes=drawn.peak,
         decode_bytes=decoded.peak,
+        decode_kept_bytes=kept,
     )
 
 

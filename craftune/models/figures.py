@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from craftune.assumed import Figures
 from craftune.config import LoraConfig, ModelConfig
-from craftune.costs import Figures
 from craftune.errors import UserError
 from craftune.models import EMBEDDED, resolve
 from craftune.models.published import PUBLISHED, published

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from craftune.assumed import Figures
 from craftune.config import LoraConfig
-from craftune.costs import Figures
 from craftune.records import write_json
 
 Parts = dict[str, dict[str, Any]]

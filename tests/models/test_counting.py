@@ -10,12 +10,13 @@ from toy import kept_checkpoint, load_sd
 from toy_flow import kept_flow
 
 from craftune.adapters import add_lora
+from craftune.assumed import BACKWARD, RECOMPUTED, Figures
 from craftune.config import LoraConfig, ModelConfig
-from craftune.costs import BACKWARD, RECOMPUTED, Figures, example_flops
 from craftune.errors import UserError
 from craftune.models.counting import configs, count, drawing, training
 from craftune.models.figures import figures
 from craftune.models.published import LORA_RANK, PUBLISHED, published
+from craftune.training_costs import example_flops
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
