@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from craftune import methods
-from craftune.costs import GIB, GPUS, costs
+from craftune import methods, rewards
+from craftune.assumed import GIB, GPUS
+from craftune.costs import costs
 from craftune.models.published import PUBLISHED, published
 from craftune.recipes import load_recipe
 from craftune.refiners import REFINERS
@@ -56,6 +57,32 @@ def test_the_paper_s_numbers(name: str, steps: int) -> None:
     train = recipe.train
     assert (train.steps, train.batch_size, train.learning_rate) == (steps, 128, 5e-5)
     assert train.lora.rank == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "rank", "rate", "batch", "steps"),
+    [("small", "aesthetic", 8, 4e-4, 4, 2_000), ("large", "hpsv2.0", 32, 2e-4, 16, 10_000)],
+)
+def test_draft_s_numbers(
+    name: str, reward: str, rank: int, rate: float, batch: int, steps: int
+) -> None:
+    """Of both settings; LV with n = 2, 50 steps of DDIM, guidance 7.5, weight decay 0.1."""
+    recipe = load_recipe(RECIPES[0].with_name(f"draft-sd15-{name}.toml"))
+    train, drawn = recipe.train, recipe.generate
+    assert (train.lora.rank, train.learning_rate, train.batch_size, train.steps) == (
+        rank, rate, batch, steps,
+    )  # fmt: skip
+    assert (train.optimizer, train.weight_decay, train.betas) == ("adamw", 0.1, (0.9, 0.999))
+    assert (drawn.sampler, drawn.num_steps, drawn.guidance_scale) == ("ddim", 50, 7.5)
+    method = methods.build(recipe.method.name, recipe.method.settings)
+    assert isinstance(method, methods.DRaFT)
+    assert (method.rewards, method.grad_steps, method.repeats) == ({reward: 1.0}, 1, 2)
+    rewards.check_gradients([reward], "method.settings.rewards")
+    assert reward not in recipe.evaluate.rewards
+    counted = published(recipe.model.path, recipe.train.lora, True)
+    assert counted is not None
+    needed = max(cost.memory for cost in costs(recipe, counted, 10_000, 500))
+    assert needed < GPUS["RTX 4090"].memory * GIB  # as the header says
 
 
 @pytest.mark.parametrize(("name", "scale"), [("craft-sd35-lora", 4.5), ("craft-flux-lora", 3.5)])
