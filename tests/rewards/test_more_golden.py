@@ -85,6 +85,15 @@ def test_mps() -> None:
         )
 
 
+def test_each_prompt_has_a_best_word_of_its_own() -> None:
+    """One whose words all fit a hundred times less keeps as many."""
+    words, condition = drawn(11, 1, 77, 32), drawn(13, 1, 77, 32)
+    alone = counted(words, condition[0], 0.6)
+    both = counted(torch.cat((words, 0.01 * words)), condition[0], 0.6)
+    assert 0 < alone.sum() < 77
+    assert torch.equal(both, alone.expand(2, -1))
+
+
 YES, NO, DECODE = 2748, 2053, 30522
 
 
