@@ -11,7 +11,7 @@ from craftune.config import Recipe
 from craftune.errors import UserError, unknown_name
 from craftune.explain import explain as explain_cell
 from craftune.listing import list_names
-from craftune.models.files import loading_arguments
+from craftune.models.files import loading_arguments, stitched_code
 from craftune.processes import ALONE, Processes, joined
 from craftune.recipes import load_recipe
 from craftune.records import read_json
@@ -46,8 +46,7 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
     stitch = model.with_name("stitch.json")
     if stitch.is_file():
         how = read_json(stitch)
-        print(f'load:   craftune.load_stitched("{model}", "{how["base"]}", {how["t_star"]:g},')
-        print(f'            sampler="{how["sampler"]}")  # num_inference_steps={how["num_steps"]}')
+        print(f"load:   {stitched_code(str(model), how)}  # num_inference_steps={how['num_steps']}")
         return
     arguments = f'"{model}"{loading_arguments(model)}'
     print(f"load:   diffusers.DiffusionPipeline.from_pretrained({arguments})")
@@ -169,6 +168,10 @@ def export(options: argparse.Namespace) -> int:
         f"from the trained model's by {check.difference:.2g} of full brightness on average "
         f"(limit {check.limit:.2g}; the base's differ by {check.change:.2g})"
     )
+    stitch = out / "stitch.json"
+    if stitch.is_file():
+        print("P-GRAFT: drawn with alone these weights are not what was evaluated; load both:")
+        print(stitched_code(str(out), read_json(stitch)))
     if options.push_to_hub:
         from craftune.exporting.hub import push
 

@@ -12,6 +12,7 @@ from craftune import pipeline, rewards
 from craftune.budget import budget
 from craftune.config import GenerateConfig, TrainConfig
 from craftune.errors import UserError
+from craftune.exporting import export
 from craftune.methods import DRaFT
 from craftune.recipes import load_recipe
 from craftune.records import Prompt, prompt_id, read_json, write_rows
@@ -90,6 +91,12 @@ def test_it_needs_four_stages_and_shows_what_it_maximised(recipe: Path) -> None:
     assert 'id="selection"' not in page
     assert (folder / "6-train" / "lora").is_dir()
 
+    export(folder, "lora")
+    card = (folder / "export" / "lora" / "README.md").read_text()
+    assert "aligned with `shapes-a`" in card
+    assert "| `shapes-a` | training |" in card
+    assert "rewards' own gradient" in card
+
     weights = {p: p.read_bytes() for p in folder.rglob("*.safetensors")}
     pipeline.run(load_recipe(recipe))  # again: everything is done already
     assert {p: p.read_bytes() for p in folder.rglob("*.safetensors")} == weights
@@ -116,9 +123,15 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_its_costs_are_not_made_up(recipe: Path) -> None:
-    with pytest.raises(UserError, match="not estimated yet"):
-        budget(load_recipe(recipe))
+def test_its_costs_are_planned(recipe: Path) -> None:
+    """Four prompts to train on and two held out; 2 x 3 images drawn in training, no pool."""
+    page = budget(load_recipe(recipe)).splitlines()
+    rows = {line.split()[0]: line.split() for line in page if line}
+    assert rows["train"][1] == "6"
+    assert rows["evaluate"][1] == "8"
+    assert not {"generate", "score", "select"} & rows.keys()
+    assert "Not counted: the rewards shapes-a, jpeg-compressibility." in page
+    assert all(len(line) <= 80 for line in page[1:])
 
 
 @pytest.mark.parametrize("options", [{"only": "select"}, {"again": "generate"}])

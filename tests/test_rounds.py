@@ -8,6 +8,7 @@ import pytest
 from forks import Forks, forks
 from tiny import Tiny, call, files, results, tiny
 
+import craftune
 from craftune.records import read_json, read_table
 from craftune.runs import stage_folder
 
@@ -139,6 +140,20 @@ def test_p_graft_is_compared_stitched_and_says_how_to_load(tmp_path: Path) -> No
     ]
     assert not arms[0] & arms[1]
     assert f'craftune.load_stitched("{job.stage("train") / "model"}"' in answer.out
+
+    exported = call(["export", job.run, "--to", "diffusers"], job.folder)
+    assert exported.status == 0, exported.err
+    out = job.run / "export" / "diffusers"
+    snippet = "craftune.load_stitched(" + exported.out.partition("craftune.load_stitched(")[2]
+    pipe = eval(snippet, {"craftune": craftune})
+    assert pipe.t_star == pytest.approx(stitch["t_star"])
+    assert read_json(out / "stitch.json") == stitch
+    card = (out / "README.md").read_text()
+    assert 'craftune.load_stitched("path/to/this/folder"' in card
+    assert "from_pretrained(" not in card.partition("## How it was made")[0]
+    refused = call(["export", job.run, "--to", "single-file"], job.folder)
+    assert "a P-GRAFT run draws with two networks" in refused.complaint
+    assert not (job.run / "export" / "single-file").exists()
 
     other = call(["check", job.recipe, "--set", "method.settings.after=3"], job.folder)
     assert "3 is none of generate.keep_states [1, 2]" in other.complaint

@@ -69,10 +69,16 @@ def export(
         taken as it is.
 
     Raises:
-        UserError: the run has no such model, the folder holds something else, the format cannot
+        UserError: the run has no such model, it draws with two networks and the format's readers
+            cannot, the folder holds something else, the format cannot
             say what the model needs, the export does not load, or its pictures differ.
     """
     run, form = read_trained(folder), FORMATS[to]
+    if run.stitch is not None and not form.stitches:
+        raise UserError(
+            f"{folder}: a P-GRAFT run draws with two networks, one above t* and one below, and "
+            f"what loads --to {to} cannot; use --to diffusers or --to lora with load_stitched"
+        )
     out = out or folder / "export" / to
     stored = run.recipe.train.save_dtype
     precision = dtype or ("float32" if form.adapters else stored)
@@ -85,6 +91,8 @@ def export(
     try:
         form.write(run, getattr(torch, precision), partial)
         check = compare(run, form, partial, stored if form.adapters else precision)
+        if run.stitch is not None:
+            write_json(partial / "stitch.json", run.stitch)
         write_text(partial / "README.md", card(run, to, precision, asdict(check)))
         write_json(partial / RECORD, {**key, "check": asdict(check)})
         partial.rename(out)

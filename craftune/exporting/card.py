@@ -6,19 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import craftune
+from craftune.exporting.loading import how_to_load
 from craftune.exporting.trained import Trained
 from craftune.models import EMBEDDED
-from craftune.models.files import loading_arguments
 from craftune.reporting import wording
 from craftune.reporting.summary import settings
 from craftune.reporting.units import in_tables
 
-PIPELINES = {
-    "sd": "StableDiffusionPipeline",
-    "sdxl": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "flux": "FluxPipeline",
-}
 LICENCE_OF_EMBEDDED = "apache-2.0"
 FUNNEL = {
     "candidates": "candidates drawn",
@@ -43,7 +37,7 @@ def card(run: Trained, to: str, dtype: str, check: Mapping[str, Any]) -> str:
         check: the comparison with the trained model, see `exporting.Check`.
     """
     sections = {
-        "How to load it": _loading(run, to, dtype),
+        "How to load it": how_to_load(run, to, dtype, _base_name(run)),
         "How it was made": _making(run),
         "Rewards": _rewards(run),
         "Data": _data(run),
@@ -54,7 +48,7 @@ def card(run: Trained, to: str, dtype: str, check: Mapping[str, Any]) -> str:
     }
     body = "\n".join(f"\n## {title}\n\n{text}" for title, text in sections.items())
     what = "LoRA adapters for" if to in ("lora", "kohya") else "A fine-tuned copy of"
-    rewards = ", ".join(f"`{name}`" for name in run.recipe.score.rewards)
+    rewards = ", ".join(f"`{name}`" for name in run.rewards)
     intro = (
         f"# {run.recipe.run.name}\n\n{what} `{_base_name(run)}`, aligned with {rewards} by "
         f"craftune {craftune.__version__} (method `{run.recipe.method.name}`).\n"
@@ -119,43 +113,20 @@ def _base(run: Trained) -> str:
     )
 
 
-def _loading(run: Trained, to: str, dtype: str) -> str:
-    kind, name = PIPELINES[run.family], run.recipe.run.name
-    start = "from_single_file" if run.base.is_file() else "from_pretrained"
-    told = loading_arguments(run.model)
-    base = f'{start}("{_base_name(run)}", dtype=torch.float16{told})'
-    precision = f"dtype=torch.{dtype}{told}"
-    code = {
-        "diffusers": f'pipe = {kind}.from_pretrained("path/to/this/folder", {precision})',
-        "single-file": f'pipe = {kind}.from_single_file("{name}.safetensors", {precision})',
-        "lora": f'pipe = {kind}.{base}\npipe.load_lora_weights("path/to/this/folder")',
-        "kohya": f"pipe = {kind}.{base}\n"
-        f'pipe.load_lora_weights("path/to/this/folder", weight_name="{name}.safetensors")',
-    }[to]
-    places = {
-        "single-file": "ComfyUI and A1111: put the file into `models/checkpoints` or "
-        "`models/Stable-diffusion`.\n",
-        "kohya": "ComfyUI: put the file into `models/loras`. A1111: into `models/Lora`, and write "
-        f"`<lora:{name}:1>` in the prompt.\n",
-    }
-    generate = run.recipe.generate
-    call = (
-        f'image = pipe("a prompt", num_inference_steps={generate.num_steps}, '
-        f"guidance_scale={generate.guidance_scale:g}).images[0]"
-    )
-    return (
-        f"```python\nimport torch\nfrom diffusers import {kind}\n\n{code}\n{call}\n```\n\n"
-        f"{places.get(to, '')}"
-    )
-
-
 def _making(run: Trained) -> str:
     train, lora = run.recipe.train, run.recipe.train.lora
+    settings = f"{train.steps} optimizer steps of batch {train.batch_size}"
     trained = f"LoRA of rank {lora.rank}, alpha {run.alpha}" if lora.rank else "all weights of"
     trained += " in the denoiser" if lora.rank else " the denoiser"
+    if not run.funnel:
+        return (
+            f"{settings} at learning rate {train.learning_rate:g} trained {trained} on the "
+            f"rewards' own gradient, back through the sampler, with method "
+            f"`{run.recipe.method.name}`. Text encoders and VAE are the base's.\n"
+        )
     return (
         f"The base drew candidates from rewrites of the prompts, the rewards scored them, and "
-        f"{train.steps} optimizer steps of batch {train.batch_size} at learning rate "
+        f"{settings} at learning rate "
         f"{train.learning_rate:g} trained {trained} on the selected ones with method "
         f"`{run.recipe.method.name}`. Text encoders and VAE are the base's.\n"
     )
@@ -163,11 +134,11 @@ def _making(run: Trained) -> str:
 
 def _rewards(run: Trained) -> str:
     identities = (run.report or {}).get("identities", {})
-    names = [*run.recipe.score.rewards, *run.recipe.evaluate.rewards]
+    names = [*run.rewards, *run.recipe.score.rewards, *run.recipe.evaluate.rewards]
     lines = ["| Reward | Use | Version | Weights (sha256) | Licence |", "|---|---|---|---|---|"]
     for name in dict.fromkeys(names):
         known = identities.get(name, {})
-        use = "training" if name in run.recipe.score.rewards else "evaluation only"
+        use = "training" if name in run.rewards else "evaluation only"
         digest = str(known.get("sha256", ""))[:12]
         licence = known.get("license") or known.get("licence") or "not stated"
         lines.append(f"| `{name}` | {use} | {known.get('version', '')} | {digest} | {licence} |")
@@ -177,6 +148,12 @@ def _rewards(run: Trained) -> str:
 def _data(run: Trained) -> str:
     recipe, counts = run.recipe, run.counts
     select, drawn = recipe.select, counts.get("prompts", {})
+    read = f"{drawn.get('prompts', 0):,} of {drawn.get('rows', 0):,} rows"
+    if not run.funnel:
+        return (
+            f"Prompts: `{Path(recipe.prompts.source).name}`, {read}. Every training image was "
+            "drawn of them in training; no image came from outside.\n"
+        )
     chosen = " + ".join(select.filter) if isinstance(select.filter, tuple) else select.filter
     funnel = "\n".join(
         f"| {text} | {run.funnel[name]:,} |"
@@ -184,11 +161,11 @@ def _data(run: Trained) -> str:
         if run.funnel.get(name)
     )
     return (
-        f"Prompts: `{Path(recipe.prompts.source).name}`, {drawn.get('prompts', 0):,} of "
-        f"{drawn.get('rows', 0):,} rows; rewritten by `{recipe.refine.by}`, "
-        f"{recipe.refine.variants} times each. Every training image was drawn by the base itself; "
-        f"no image came from outside. Filter `{chosen}`, then the best {select.k} by "
-        f"`{select.rank_by}` ({select.strategy}).\n\n| Candidates | Number |\n|---|---|\n{funnel}\n"
+        f"Prompts: `{Path(recipe.prompts.source).name}`, {read}; rewritten by "
+        f"`{recipe.refine.by}`, {recipe.refine.variants} times each. Every training image was "
+        f"drawn by the base itself; no image came from outside. Filter `{chosen}`, "
+        f"then the best {select.k} by `{select.rank_by}` ({select.strategy}).\n\n"
+        f"| Candidates | Number |\n|---|---|\n{funnel}\n"
     )
 
 

@@ -49,12 +49,14 @@ class Format:
         write: (run, dtype, folder) writes the files into an existing empty folder.
         open: (run, folder) -> diffusers' pipeline with the exported weights.
         adapters: whether it holds LoRA alone, to be put on the base.
+        stitches: whether `craftune.load_stitched` reads it.
     """
 
     loader: str
     write: Callable[[Trained, torch.dtype, Path], None]
     open: Callable[[Trained, Path], Any]
     adapters: bool
+    stitches: bool = False
 
 
 def _write_diffusers(run: Trained, dtype: torch.dtype, out: Path) -> None:
@@ -153,7 +155,7 @@ def model_spec(run: Trained, *, adapters: bool) -> dict[str, str]:
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": run.recipe.run.name,
         "modelspec.description": f"{run.recipe.model.path} aligned with "
-        f"{', '.join(run.recipe.score.rewards)} by craftune ({run.recipe.method.name})",
+        f"{', '.join(run.rewards)} by craftune ({run.recipe.method.name})",
     }
     if unet.is_file():
         blocks = len(read_json(run.model / "vae" / "config.json").get("block_out_channels", ()))
@@ -205,12 +207,14 @@ FORMATS = {
         _write_diffusers,
         lambda run, out: foreign.open_folder(out),
         adapters=False,
+        stitches=True,
     ),
     "lora": Format(
         "load_lora_weights",
         _write_lora,
         _open_lora("*.safetensors"),
         adapters=True,
+        stitches=True,
     ),
     "kohya": Format(
         "load_lora_weights",

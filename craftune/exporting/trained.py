@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from craftune import models
+from craftune import methods, models
 from craftune.config import Recipe
 from craftune.errors import UserError
 from craftune.models.files import checkpoint
@@ -31,7 +31,8 @@ class Trained:
         settings: the diffusers folder with the base's configs and tokenizers.
         weights: sha256 of every file that training wrote, by name.
         report: report.json, or None where the run has none yet.
-        funnel: the selection's counts.
+        funnel: the selection's counts; empty where nothing was selected.
+        stitch: how a P-GRAFT run draws (stitch.json of its training); None for others.
         counts: of every finished stage, by its name.
     """
 
@@ -44,6 +45,15 @@ class Trained:
     report: Mapping[str, Any] | None
     funnel: Mapping[str, int]
     counts: Mapping[str, Mapping[str, int]]
+    stitch: Mapping[str, Any] | None = None
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """That chose the training samples, or that were maximised."""
+        method = methods.build(self.recipe.method.name, self.recipe.method.settings)
+        if method.fed_with == "prompts":
+            return tuple(method.rewards)
+        return self.recipe.score.rewards
 
     @property
     def model(self) -> Path:
@@ -103,6 +113,8 @@ def read_trained(folder: Path) -> Trained:
         raise UserError(f"{folder}: stage 'train' has not run; run `craftune run` first")
     base = checkpoint(recipe.model)
     report = stage_folder(folder, "report") / "report.json"
+    selection = stage_folder(folder, "select") / "selection.json"
+    stitch = stage_folder(folder, "train") / "stitch.json"
     return Trained(
         folder=folder,
         recipe=recipe,
@@ -111,8 +123,9 @@ def read_trained(folder: Path) -> Trained:
         settings=settings_of(base, recipe.model) if base.is_file() else base,
         weights={k: v for k, v in record["outputs"].items() if k.endswith(".safetensors")},
         report=read_json(report) if report.is_file() else None,
-        funnel=read_json(stage_folder(folder, "select") / "selection.json")["funnel"],
+        funnel=read_json(selection)["funnel"] if selection.is_file() else {},
         counts=dict(_counts(folder)),
+        stitch=read_json(stitch) if stitch.is_file() else None,
     )
 
 

@@ -4,8 +4,9 @@ From the hub only data is fetched (json, txt, tokenizer models, safetensors), ne
 client's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from craftune.config import ModelConfig
 from craftune.errors import UserError
@@ -115,6 +116,19 @@ def loading_arguments(folder: Path) -> str:
     index = read_json(folder / "model_index.json")
     absent = [n for n in ("text_encoder_3", "tokenizer_3") if index.get(n) == [None, None]]
     return "".join(f", {name}=None" for name in absent)
+
+
+def stitched_code(tuned: str, how: Mapping[str, Any]) -> str:
+    """The call that draws with a P-GRAFT run.
+
+    Args:
+        tuned: folder of the tuned model or its adapters.
+        how: the content of stitch.json.
+    """
+    return (
+        f'craftune.load_stitched("{tuned}", "{how["base"]}", {float(how["t_star"])!r},\n'
+        f'    sampler="{how["sampler"]}")'
+    )
 
 
 def stored_dtype(path: Path) -> Literal["float32", "float16", "bfloat16"]:
