@@ -147,6 +147,7 @@ def test_p_graft_is_compared_stitched_and_says_how_to_load(tmp_path: Path) -> No
     snippet = "craftune.load_stitched(" + exported.out.partition("craftune.load_stitched(")[2]
     pipe = eval(snippet, {"craftune": craftune})
     assert pipe.t_star == pytest.approx(stitch["t_star"])
+    assert len(pipe("a red circle", num_inference_steps=3, output_type="latent").images) == 1
     assert read_json(out / "stitch.json") == stitch
     card = (out / "README.md").read_text()
     assert 'craftune.load_stitched("path/to/this/folder"' in card

@@ -176,13 +176,20 @@ def save_pipeline(
     require_space(folder.parent, weights * dtype.itemsize, "the model")
     copies = {k: _copied(network if k == name else part, dtype) for k, part in modules.items()}
     parts = pipe.components | copies
-    kept = ("requires_safety_checker", "force_zeros_for_empty_prompt")
-    settings = {k: v for k, v in pipe.config.items() if k in kept}
+    options = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    settings = {k: v for k, v in pipe.config.items() if k in options}
     type(pipe)(**parts, **settings).save_pretrained(folder)
     for text_encoder in folder.glob("text_encoder*/config.json"):
         # transformers would load the text encoder in the dtype written here, diffusers the rest
         # in float32: a plain from_pretrained could not draw. "float32" is what SD1.5 publishes.
         write_json(text_encoder, read_json(text_encoder) | {"dtype": "float32"})
+    # diffusers writes out what the checkpoint left to the scheduler's defaults, but drops defaults
+    # where another scheduler is made of it: SD1.5's PNDM says no spacing, so DPM-Solver++ takes
+    # its own; written out it would take PNDM's, and draw at other timesteps than the checkpoint.
+    defaults = pipe.scheduler.config.get("_use_default_values", ())
+    for scheduler in folder.glob("scheduler/scheduler_config.json"):
+        kept = {k: v for k, v in read_json(scheduler).items() if k not in defaults}
+        write_json(scheduler, kept)
 
 
 def _copied(network: nn.Module, dtype: torch.dtype) -> nn.Module:

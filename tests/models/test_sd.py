@@ -205,6 +205,19 @@ def test_the_saved_folder_has_the_checkpoint_s_scheduler_and_tokenizer(tmp_path:
     assert again.denoiser.schedule.target == "v"
 
 
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_what_is_saved_is_drawn_at_the_checkpoint_s_timesteps(tmp_path: Path, sampler: str) -> None:
+    """SD1.5 names no spacing of its PNDM; written out it would be DPM-Solver++'s spacing, too."""
+    assert "timestep_spacing" not in SD15_SCHEDULER
+    base = load_sd(random_checkpoint(tmp_path / "base", scheduler=SD15_SCHEDULER))
+    base.save(tmp_path / "tuned", base.denoiser.network, torch.float32)
+    tuned = load_sd(tmp_path / "tuned")
+    for steps in (3, 20):
+        assert torch.equal(base.grid(sampler, steps).sigmas, tuned.grid(sampler, steps).sigmas)
+        wanted = base.grid(sampler, steps).timesteps
+        assert torch.equal(tuned.grid(sampler, steps).timesteps, wanted)
+
+
 # --- what is loaded --------------------------------------------------------------------------
 
 
