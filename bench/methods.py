@@ -55,6 +55,7 @@ def _objective(**settings: object) -> str:
 
 ARMS: dict[str, tuple[str, list[str]]] = {
     "CRAFT": ("pool", []),
+    "CRAFT 3e-4": ("pool", []),  # the rate of recipes/demo.toml; on validation the two were even
     "GRAFT": ("plain", [*BEST, "method.name=graft", "method.settings={}"]),
     "P-GRAFT 2": ("plain", [*BEST, "method.name=pgraft", "method.settings={ after = 2 }"]),
     "P-GRAFT 5": ("plain", [*BEST, "method.name=pgraft", "method.settings={ after = 5 }"]),
