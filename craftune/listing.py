@@ -3,12 +3,11 @@
 import argparse
 import inspect
 import shutil
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from craftune.methods import METHODS
+from craftune.methods import METHODS, about
 from craftune.models import FAMILIES
 from craftune.recipes import keys_of, settings
 from craftune.refiners import REFINERS
@@ -34,8 +33,7 @@ def list_names(options: argparse.Namespace) -> int:
         return 0
     if options.table == "methods":
         for number, (name, kind) in enumerate(METHODS.items()):
-            about = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-            print(f"{chr(10) if number else ''}{name:<{KEY_WIDTH}}{about}")
+            print(f"{chr(10) if number else ''}{name:<{KEY_WIDTH}}{': '.join(about(name))}")
             _print_keys(keys_of(kind, "method.settings"))
         return 0
     filters = {

@@ -1,5 +1,6 @@
 """Methods: one file each, a frozen dataclass that reads like its paper. `METHODS` is the table."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -27,6 +28,13 @@ METHODS: dict[str, type[FromExamples | FromPrompts]] = {
     "refl": ReFL,
     "alignprop": AlignProp,
 }
+
+
+def about(name: str) -> tuple[str, str]:
+    """A method as papers write it, and what it does in a line; `name` is of the table."""
+    text = (sys.modules[METHODS[name].__module__].__doc__ or "").splitlines()[0]
+    title, _, rest = text.partition(": ")
+    return title, rest
 
 
 def build(name: str, settings: Mapping[str, Any]) -> FromExamples | FromPrompts:

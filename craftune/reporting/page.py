@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from craftune.methods import about
 from craftune.models.files import loading_arguments
 from craftune.reporting import charts, comparison, diagrams, examples, units, wording
 from craftune.reporting.read import Run
@@ -61,6 +62,7 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
     return environment.get_template("page.html").render(
         title=run.recipe["report"]["title"] or run.recipe["run"]["name"],
         run=run,
+        method=about(run.recipe["method"]["name"])[0],
         s=summary,
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
