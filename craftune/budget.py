@@ -7,7 +7,7 @@ from craftune.assumed import GIB, GPUS, REWARDS, SHARE, Figures, Gpu, Number, St
 from craftune.config import PromptsConfig, Recipe
 from craftune.costs import costs
 from craftune.errors import UserError
-from craftune.methods import PGRAFT, build
+from craftune.methods import PGRAFT, NoiseCorrection, build
 from craftune.models import resolve
 from craftune.models.figures import figures
 from craftune.prompt_files import read_prompts
@@ -27,8 +27,13 @@ def budget(recipe: Recipe) -> str:
 
     Raises:
         UserError: the checkpoint or the number of prompts is not known here, or there is no such
-            method or hyper-parameter.
+            method or hyper-parameter, or it inverts pictures.
     """
+    if isinstance(build(recipe.method.name, recipe.method.settings), NoiseCorrection):
+        raise UserError(
+            f"method.name: {recipe.method.name!r} inverts pictures, whose cost is not estimated: "
+            "about 100 calls of the model per picture; plan with method.name = 'craft' for the rest"
+        )
     counted = figures(recipe.model, recipe.train.lora, checkpointing(recipe.train))
     prompts, held_out = _prompts(recipe)
     found = costs(recipe, counted, prompts, held_out)

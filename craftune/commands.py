@@ -42,6 +42,10 @@ def _print_outcome(folder: Path, stage: str | None) -> None:
     lines = [*found["headline"], *(found["scales"] or {}).get("sentences", ())]
     print(found["conclusion"], *(f"  {line}" for line in lines), "", sep="\n")
     print(f"report: {report / 'report.html'}")
+    corrector = model.with_name("corrector")
+    if corrector.is_dir():
+        print(f'load:   craftune.noise.load_corrector("{corrector}")')
+        return
     print(f"model:  {model}")
     stitch = model.with_name("stitch.json")
     if stitch.is_file():

@@ -19,8 +19,9 @@ from craftune.processes import ALONE, Processes
 from craftune.records import write_json
 from craftune.runs import STAGES, Stage, done, execute, locked, redo, refuse_change, stage_folder
 from craftune.selection import NothingSelected, select
+from craftune.stages.invert import source_of
 from craftune.stages.score import CUT
-from craftune.tuning import SCALED
+from craftune.tuning import MFLOP, SCALED
 
 SENTENCES = {
     "prompts": "{prompts:,} of {rows:,} rows to train on, {evaluation_prompts:,} to compare on",
@@ -34,10 +35,12 @@ SENTENCES = {
     "report": "{prompts:,} prompts, {image_pairs:,} pairs of images",
 }
 """What is said of a finished stage, from its counts."""
+INVERTED = "{noises:,} noises of pictures"
+"""The same of `generate` where it inverts."""
 
 NOTES = {
     "refine": ("prompts with fewer rewrites", "tokens in", "tokens out"),
-    "evaluate": (SCALED,),
+    "evaluate": (SCALED, *MFLOP.values()),
 }
 """Counts that are said of a finished stage where they are there and not 0."""
 
@@ -73,8 +76,10 @@ def check(recipe: Recipe, processes: Processes = ALONE) -> None:
     optimizers.check_installed(recipe.train.optimizer)
     if method.fed_with == "examples":
         _check_selection(recipe)
-    else:
+    elif method.fed_with == "prompts":
         _check_objective(method, recipe)
+    else:
+        _check_correction(method, recipe)
     for section in ("prompts", "refine", "evaluate"):
         source = getattr(recipe, section).source
         if on_hub(source) and section != "refine":
@@ -126,6 +131,25 @@ def _check_objective(method: methods.FromPrompts, recipe: Recipe) -> None:
         if name not in method.rewards:
             unknown = unknown_name("reward", name, method.rewards)
             raise UserError(f"method.settings.scales: {unknown}")
+
+
+def _check_correction(method: methods.NoiseCorrection, recipe: Recipe) -> None:
+    """Pictures, rewards to compare on, and nothing that speaks of the model's own weights."""
+    source_of(method)
+    if not (*recipe.score.rewards, *recipe.evaluate.rewards):
+        raise UserError("evaluate.rewards: empty; name at least one reward to compare on")
+    name = recipe.method.name
+    told = {
+        "run.rounds": (recipe.run.rounds, 1),
+        "train.lora.rank": (recipe.train.lora.rank, 0),
+        "evaluate.scales": (recipe.evaluate.scales, ()),
+    }
+    for key, (value, wanted) in told.items():
+        if value != wanted:
+            raise UserError(
+                f"{key}: {value!r}, but method {name!r} leaves the model's weights as they are; "
+                "leave it out"
+            )
 
 
 def device_of(recipe: Recipe, processes: Processes = ALONE) -> torch.device:
@@ -259,7 +283,8 @@ def _execute(folder: Path, stage: Stage, processes: Processes = ALONE) -> None:
     )
     notes = [f"; {counts[name]:,} {name}" for name in NOTES.get(stage.name, ()) if counts.get(name)]
     state = f"{record['seconds']:7.1f} s" if worked else "  already"
-    text = SENTENCES[stage.name].format_map(counts) + (f" (rejected: {rejected})" * bool(rejected))
+    sentence = INVERTED if "noises" in counts else SENTENCES[stage.name]
+    text = sentence.format_map(counts) + (f" (rejected: {rejected})" * bool(rejected))
     for name, n in counts.items():
         if name.startswith(CUT):
             text += f"; {n:,} of {counts['prompts']:,} {name}"

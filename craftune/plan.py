@@ -1,5 +1,6 @@
 """What each stage is made from, and what it does: the recipe as up to eight `runs.Stage`."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,14 @@ import torch
 from craftune import methods, models, refiners
 from craftune.config import Recipe
 from craftune.hub_prompts import on_hub
+from craftune.methods import NoiseCorrection
 from craftune.plugins import source_sha256
 from craftune.processes import ALONE, Processes
 from craftune.records import sha256
 from craftune.runs import NEEDS, STAGES, Stage, stage_folder
 from craftune.seeds import stream_seed
 from craftune.stages.generate import generate
+from craftune.stages.invert import invert_pictures, source_of
 from craftune.stages.prompts import prompts
 from craftune.stages.refine import refine
 from craftune.stages.report import report
@@ -24,6 +27,10 @@ from craftune.tuning import Plan, compare, trained, tune
 
 NOT_DRAWING = ("batch_size", "seeds_per_variant", "shard_size", "keep_latents", "keep_states")
 """Keys of [generate] that say nothing of how a picture is drawn."""
+UNDOING = ("sampler", "num_steps", "guidance_scale", "shard_size")
+"""Those that say how one is undone; each shard has its own stream of blur."""
+INVERTING = ("source", "pictures", "blur", "most_iterations")
+"""Settings of noise correction that its noises depend on."""
 
 
 def stages(
@@ -93,6 +100,8 @@ def _texts(plan: Plan) -> list[Stage]:
 
 def _pool(plan: Plan) -> list[Stage]:
     recipe, at, device = plan.recipe, plan.at, str(plan.device)
+    if isinstance(plan.method, NoiseCorrection):
+        return [_inverted(plan, plan.method)]
     return [
         Stage(
             "generate",
@@ -135,6 +144,32 @@ def _pool(plan: Plan) -> list[Stage]:
     ]
 
 
+def _inverted(plan: Plan, method: NoiseCorrection) -> Stage:
+    recipe, at = plan.recipe, plan.at
+    source = source_of(method)
+    return Stage(
+        "generate",
+        reads=("prompts",),
+        made_from={
+            **plan.made_from,
+            "generate": plan.only("generate", *UNDOING),
+            "method": {key: getattr(method, key) for key in INVERTING}
+            | ({"source_sha256": _digest(source.made_from())} if source else {}),
+        },
+        work=lambda out: invert_pictures(
+            recipe.generate,
+            method,
+            plan.load(plan.start),
+            plan.seed,
+            at["prompts"] / "prompts.jsonl",
+            out,
+            plan.processes,
+        ),
+        device=str(plan.device),
+        shared=True,
+    )
+
+
 def _train(plan: Plan) -> Stage:
     method = plan.method
     unchanging = ("micro_batch", "gradient_checkpointing", "save_every", "keep_checkpoints")
@@ -151,6 +186,8 @@ def _train(plan: Plan) -> Stage:
         }
         code = _code(method.rewards, "method.settings.rewards")
         reads = ("prompts",)
+    elif method.fed_with == "pictures":
+        reads = ("generate",)
     return Stage(
         "train",
         reads=reads,
@@ -195,6 +232,10 @@ def _report(plan: Plan, folder: Path) -> Stage:
         },
         work=lambda out: report(folder, out),
     )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _content(source: str) -> dict[str, str]:

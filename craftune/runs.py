@@ -27,9 +27,10 @@ STAGES = ("prompts", "refine", "generate", "score", "select", "train", "evaluate
 NEEDS: dict[str, tuple[str, ...]] = {
     "examples": STAGES,
     "prompts": ("prompts", "train", "evaluate", "report"),
+    "pictures": ("prompts", "generate", "train", "evaluate", "report"),
 }
 """The stages of a run, by what its method is fed with: images that were drawn and selected before
-it, or prompts alone, of which it draws its own images."""
+it; prompts alone, of which it draws its own images; or pictures, whose noises `generate` finds."""
 PACKAGES = ("craftune", "torch", "diffusers", "transformers", "peft", "numpy", "pyarrow", "pillow")
 BEGUN, DONE, TRASH = "begun.json", "done.json", ".trash"
 

@@ -14,13 +14,15 @@ import torch
 
 from craftune import methods, models, rewards
 from craftune.config import ModelConfig, Recipe
-from craftune.methods import PGRAFT
+from craftune.methods import PGRAFT, NoiseCorrection
 from craftune.mixing import mix_into, scale_arm
 from craftune.models.files import checkpoint, stored_dtype
+from craftune.noise import Corrected, load_corrector
 from craftune.processes import Processes
-from craftune.records import write_json
+from craftune.records import read_json, write_json
 from craftune.runs import stage_folder
 from craftune.sampling import Stitched
+from craftune.stages.correct import FOLDER, train_corrector
 from craftune.stages.evaluate import evaluate
 from craftune.stages.generate import sampler_of
 from craftune.stages.prompt_feed import prompt_feed
@@ -29,6 +31,8 @@ from craftune.types import Model, Reward
 
 SCALED = "images at other scales"
 """Name of their count."""
+MFLOP = {"base": "MFLOP per image of base", "tuned": "MFLOP per image of tuned"}
+"""Names of the counts of noise correction's arithmetic, by model."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Plan:
     """
 
     recipe: Recipe
-    method: methods.FromExamples | methods.FromPrompts
+    method: methods.AnyMethod
     start: ModelConfig
     seed: int
     settings: Mapping[str, Any]
@@ -102,6 +106,10 @@ def t_star(recipe: Recipe, model: Model, method: PGRAFT) -> float:
 def tune(plan: Plan, out: Path) -> dict[str, int]:
     """Train; for P-GRAFT, write down beside the model how it is stitched."""
     recipe, method = plan.recipe, plan.method
+    if isinstance(method, NoiseCorrection):
+        model, pool = plan.load(plan.start), plan.at["generate"]
+        how = (recipe.train, method, recipe.generate, model, plan.seed, pool, out)
+        return train_corrector(*how, plan.processes)
     model = plan.load(replace(plan.start, dtype=recipe.training_dtype))
     counts = train(
         recipe.train,
@@ -131,6 +139,7 @@ def _feed(plan: Plan) -> Callable[[Model], Feed]:
     if method.fed_with == "examples":
         selection, pool = at["select"] / "selection.parquet", at["generate"]
         return lambda model: example_feed(recipe.train, method, model, seed, selection, pool)
+    assert method.fed_with == "prompts"
 
     def prompts_alone(model: Model) -> Feed:
         named = {name: plan.reward(name) for name in method.rewards}
@@ -161,7 +170,10 @@ def compare(plan: Plan, names: tuple[str, ...], out: Path) -> dict[str, int]:
         )
 
     counts = drawn("base", plan.drawing(recipe.model))
-    model = plan.drawing(tuned)
+    if isinstance(plan.method, NoiseCorrection):
+        model, counts = _corrected(plan), counts | _mflop(plan.at["train"])
+    else:
+        model = plan.drawing(tuned)
     counts |= drawn("tuned", model)
     between = 0
     for arm in _scaled(plan, model, tuned):
@@ -183,3 +195,17 @@ def _scaled(plan: Plan, model: Model, tuned: ModelConfig) -> Iterator[str]:
     for scale in scales:
         mix_into(model.denoiser.network, ends[0], [(ends[1], scale)])
         yield scale_arm(scale)
+
+
+def _corrected(plan: Plan) -> Model:
+    """The model as it is, started from the corrector's noise."""
+    model = plan.load(plan.recipe.model)
+    corrector, shape = load_corrector(plan.at["train"] / FOLDER, plan.device)
+    corrected = Corrected(model.denoiser, corrector, shape.corrector_steps)
+    return replace(model, denoiser=corrected)
+
+
+def _mflop(trained: Path) -> dict[str, int]:
+    """What drawing an image costs, without decoding it."""
+    found = read_json(trained / "flops.json")
+    return {name: round(found[f"{arm}_image"] / 1e6) for arm, name in MFLOP.items()}

@@ -13,6 +13,7 @@ from torch import Tensor
 from craftune import methods, models
 from craftune.config import Recipe
 from craftune.errors import UserError
+from craftune.methods import METHODS
 from craftune.models.files import checkpoint
 from craftune.models.single_file import settings_of
 from craftune.records import Prompt, read_json, read_rows
@@ -111,6 +112,11 @@ def read_trained(folder: Path) -> Trained:
     record = done(folder, "train")
     if record is None:
         raise UserError(f"{folder}: stage 'train' has not run; run `craftune run` first")
+    if METHODS[recipe.method.name].fed_with == "pictures":
+        raise UserError(
+            f"{folder}: nothing to export: method {recipe.method.name!r} leaves the model as it "
+            "was; its corrector is in 6-train/corrector"
+        )
     base = checkpoint(recipe.model)
     report = stage_folder(folder, "report") / "report.json"
     selection = stage_folder(folder, "select") / "selection.json"

@@ -12,14 +12,16 @@ from craftune.methods.craft import CRAFT
 from craftune.methods.denoising import NoiseLevels
 from craftune.methods.draft import DRaFT as DRaFT
 from craftune.methods.graft import GRAFT
+from craftune.methods.noise_correction import NoiseCorrection as NoiseCorrection
 from craftune.methods.pgraft import PGRAFT as PGRAFT
 from craftune.methods.refl import ReFL
 from craftune.methods.sft import SFT
 
 FromExamples: TypeAlias = CRAFT | SFT | GRAFT | PGRAFT
 FromPrompts: TypeAlias = DRaFT | ReFL | AlignProp
+AnyMethod: TypeAlias = FromExamples | FromPrompts | NoiseCorrection
 
-METHODS: dict[str, type[FromExamples | FromPrompts]] = {
+METHODS: dict[str, type[AnyMethod]] = {
     "craft": CRAFT,
     "sft": SFT,
     "graft": GRAFT,
@@ -27,6 +29,7 @@ METHODS: dict[str, type[FromExamples | FromPrompts]] = {
     "draft": DRaFT,
     "refl": ReFL,
     "alignprop": AlignProp,
+    "noise-correction": NoiseCorrection,
 }
 
 
@@ -37,7 +40,7 @@ def about(name: str) -> tuple[str, str]:
     return title, rest
 
 
-def build(name: str, settings: Mapping[str, Any]) -> FromExamples | FromPrompts:
+def build(name: str, settings: Mapping[str, Any]) -> AnyMethod:
     """The method of a recipe with its hyper-parameters.
 
     Raises:

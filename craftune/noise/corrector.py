@@ -1,4 +1,4 @@
-"""The corrector: a small flow from N(0, I) to the law of the inverted noises, and its training.
+"""The corrector: a small flow from N(0, I) to the law of the inverted noises, and its use.
 
 Anil et al. 2025, arXiv:2510.02692: with Q the law of the noises that a flow's own steps map to
 data, starting from Q instead of N(0, I) gives data. Q is close to N(0, I): a small network does.
@@ -14,61 +14,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from pydantic.dataclasses import dataclass as settings
-from torch import Tensor
+from jaxtyping import Float, Num
+from torch import Tensor, nn
 
-from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.methods.denoising import squared_error
-from craftune.types import Cond, Denoiser, Draws, Metrics
-
-
-@dataclass(frozen=True)
-class InvertedNoise:
-    """What a corrector learns from: noises as `invert` found them, not standardised anew."""
-
-    noise: Float[Tensor, "b ..."]
-    cond: Cond
-
-    def rows(self, index: slice) -> "InvertedNoise":
-        """Part of the batch: a micro-batch."""
-        return InvertedNoise(self.noise[index], self.cond.rows(index))
-
-
-@settings(frozen=True, config=STRICT)
-class NoiseCorrection:
-    """Flow matching from N(0, I) to the inverted noises; the main flow takes no part."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """It does not."""
-        return False
-
-    def draw(self, schedule: Schedule, batch: InvertedNoise, rng: torch.Generator) -> Draws:
-        """A uniform time and fresh normal noise per example."""
-        shape, device = batch.noise.shape, batch.noise.device
-        t = torch.randint(len(schedule), (shape[0],), generator=rng, device=rng.device)
-        start = torch.randn(shape, generator=rng, device=rng.device)
-        return Draws(t.to(device), start.to(device))
-
-    def loss(
-        self,
-        policy: Denoiser,
-        reference: Denoiser | None,
-        batch: InvertedNoise,
-        draws: Draws,
-    ) -> tuple[Float[Tensor, ""], Metrics]:
-        """Mean squared error of the corrector's velocity."""
-        del reference
-        schedule = policy.schedule
-        x_t = schedule.add_noise(batch.noise, draws.noise, draws.t)
-        target = schedule.training_target(batch.noise, draws.noise, draws.t)
-        error = squared_error(policy(x_t, draws.t, batch.cond).float(), target.float()).mean()
-        return error, {"loss": error.item()}
-
-    def check(self, metrics: Metrics) -> None:
-        """Nothing beyond the loop's own checks."""
+from craftune.types import Cond, Denoiser
 
 
 def trigonometric(timesteps: int = 1001) -> Schedule:
@@ -91,3 +41,42 @@ def correct(
         t = torch.full((len(x),), last * (1 - i / num_steps), device=x.device)
         x = x - step * corrector(x, t, cond).float()
     return x
+
+
+def summary(cond: Cond) -> Cond:
+    """What a corrector reads of a prompt: "prompt" `[b, width]`, the mean of its tokens."""
+    return Cond({"prompt": cond.tensors["tokens"].float().mean(1)})
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A model's denoiser with a corrector of the noise that sampling starts from.
+
+    Attributes:
+        corrector: reads `summary` of the condition.
+        num_steps: of the corrector.
+    """
+
+    denoiser: Denoiser
+    corrector: Denoiser
+    num_steps: int
+
+    @property
+    def schedule(self) -> Schedule:
+        """The denoiser's."""
+        return self.denoiser.schedule
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser's."""
+        return self.denoiser.network
+
+    def __call__(
+        self, x_t: Float[Tensor, "b ..."], t: Num[Tensor, " b"], cond: Cond
+    ) -> Float[Tensor, "b ..."]:
+        """The denoiser's prediction."""
+        return self.denoiser(x_t, t, cond)
+
+    def start(self, noise: Float[Tensor, "b ..."], cond: Cond) -> Float[Tensor, "b ..."]:
+        """Standard normal noise to the noise that `sample` is to be given."""
+        return correct(self.corrector, noise, summary(cond), self.num_steps)

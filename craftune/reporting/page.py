@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from craftune.methods import about
+from craftune.methods import METHODS, about
 from craftune.models.files import loading_arguments
 from craftune.reporting import charts, comparison, diagrams, examples, units, wording
 from craftune.reporting.read import Run
@@ -22,7 +22,7 @@ CURVES = ("reward", "loss", "error", "grad_norm")
 """Shown first; further metrics follow in a fold."""
 MADE = {
     "prompts": ("prompts", "evaluation_prompts"),
-    "generate": ("candidates",),
+    "generate": ("candidates", "noises"),
     "score": ("scores",),
     "select": ("selected",),
     "train": ("examples", "steps"),
@@ -59,6 +59,8 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
         "words": lambda name: name.replace("_", " "),
     }
     script = (HERE / "script.html").read_text(encoding="utf-8")
+    fed_with = METHODS[run.recipe["method"]["name"]].fed_with
+    model = stage_folder(run.folder, "train") / "model"
     return environment.get_template("page.html").render(
         title=run.recipe["report"]["title"] or run.recipe["run"]["name"],
         run=run,
@@ -70,7 +72,8 @@ def render(run: Run, summary: Mapping[str, Any], costs: Mapping[str, Any]) -> st
         few_prompts=wording.FEW_PROMPTS,
         example=next(t for t in run.evaluation.texts)[:200],
         costs=costs,
-        load=loading_arguments(stage_folder(run.folder, "train") / "model"),
+        fed_with=fed_with,
+        load="" if fed_with == "pictures" else loading_arguments(model),
         **_comparison(run, summary),
         **(_pool(run, summary) if run.pool else {}),
         curves=_curves(run, CURVES),

@@ -36,7 +36,7 @@ class Evaluation:
             held-out ones.
         tuned: the same for the tuned model.
         training: names of the rewards that scored the pool, or that were maximised; the others
-            are held out.
+            are held out. Empty where the model learnt from pictures.
         identities: reward -> what it was measured with.
     """
 
@@ -61,8 +61,8 @@ class Run:
         recipe: resolved, by section.
         stages: what each finished stage recorded, by name.
         evaluation: the comparison.
-        selection: selection.json; of a run without a pool what was maximised, as its "weights"
-            and "scales".
+        selection: selection.json; of a run without a pool what was maximised, or where nothing was
+            the mean of all rewards, as its "weights" and "scales".
         verdicts: selection.parquet, a row per candidate; empty without a pool.
         pool: reward -> raw scores, in the order of `verdicts`; empty without a pool.
         metrics: metric -> one value per logged step; "step" is one of them.
@@ -98,6 +98,11 @@ def read_run(folder: Path) -> Run:
         selection = read_json(stage_folder(folder, "select") / "selection.json")
         pool = _pool_scores(stage_folder(folder, "score"), verdicts["candidate"])
         training = tuple(pool)
+    elif method.fed_with == "pictures":
+        # No reward was trained on; the composite is the mean of all, in spreads of the base.
+        verdicts, pool, training = pa.table({}), {}, ()
+        names = dict.fromkeys((*recipe["score"]["rewards"], *recipe["evaluate"]["rewards"]))
+        selection = {"weights": dict.fromkeys(names, 1 / len(names)), "scales": {}}
     else:
         verdicts, pool, training = pa.table({}), {}, tuple(method.rewards)
         scales = {name: method.scales.get(name, (0.0, 1.0)) for name in training}

@@ -12,6 +12,7 @@ from torch import Tensor
 from craftune.config import GenerateConfig
 from craftune.errors import UserError
 from craftune.images import encode_png, to_pil
+from craftune.noise.corrector import Corrected
 from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import CANDIDATE, Prompt, Refined, read_rows, write_table
@@ -114,10 +115,12 @@ def draw_latents(
     cond = model.encode_prompts(distinct).rows(where)
     sampler = sampler_of(config, model)
     cond, scale = guidance_of(model, cond, config.guidance_scale)
-    noise = initial_noise([request.seed for request in batch], model.latent_shape)
+    noise = initial_noise([request.seed for request in batch], model.latent_shape).to(device)
+    if isinstance(denoiser, Corrected):
+        noise = denoiser.start(noise, cond)
     return sample(
         denoiser,
-        noise.to(device),
+        noise,
         cond,
         empty.rows(torch.zeros(len(batch), dtype=torch.long, device=device)),
         model.grid(sampler, config.num_steps),

@@ -43,8 +43,8 @@ def setting(method: Any, target: str = "epsilon") -> tuple[ToyDenoiser, ToyDenoi
 
 
 def test_every_method_has_its_case() -> None:
-    """Those fed with prompts have theirs in test_reward_gradient.py."""
-    others = {name for name, kind in METHODS.items() if kind.fed_with == "prompts"}
+    """Those fed with prompts have theirs in test_reward_gradient.py, pictures in tests/noise."""
+    others = {name for name, kind in METHODS.items() if kind.fed_with != "examples"}
     assert {name for name, _ in CASES.values()} == set(METHODS) - others
 
 
