@@ -68,7 +68,8 @@ def load_world(folder: Path, chunks: range, held_out: int = 2000) -> World:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat([_encoded(model, seed) for seed in chunks]), path)
     latents = torch.load(path, weights_only=True).float()
-    return World(model, latents[:-held_out], latents[-held_out:])
+    kept = len(latents) - held_out
+    return World(model, latents[:kept], latents[kept:])
 
 
 def _encoded(model: Model, seed: int) -> Float[Tensor, "n 16 8 8"]:
