@@ -257,7 +257,7 @@ def test_other_pictures_are_noticed(recipe: Path) -> None:
 
 
 def test_there_is_no_tuned_model_to_export_and_no_budget(recipe: Path) -> None:
-    with pytest.raises(UserError, match="not estimated yet"):
+    with pytest.raises(UserError, match="whose cost is not estimated"):
         budget(load_recipe(recipe))
     folder = pipeline.run(load_recipe(recipe))
     with pytest.raises(UserError, match=r"leaves the model as it was.*6-train/corrector"):
