@@ -7,11 +7,11 @@ from craftune.assumed import GIB, GPUS, REWARDS, SHARE, Figures, Gpu, Number, St
 from craftune.config import PromptsConfig, Recipe
 from craftune.costs import costs
 from craftune.errors import UserError
-from craftune.methods import PGRAFT, NoiseCorrection, build
+from craftune.methods import PGRAFT
 from craftune.models import resolve
 from craftune.models.figures import figures
 from craftune.prompt_files import read_prompts
-from craftune.training_costs import checkpointing, largest_micro_batch
+from craftune.training_costs import checkpointing, largest_micro_batch, planned
 
 COLUMNS = 80
 WHAT = {
@@ -29,11 +29,7 @@ def budget(recipe: Recipe) -> str:
         UserError: the checkpoint or the number of prompts is not known here, or there is no such
             method or hyper-parameter, or it inverts pictures.
     """
-    if isinstance(build(recipe.method.name, recipe.method.settings), NoiseCorrection):
-        raise UserError(
-            f"method.name: {recipe.method.name!r} inverts pictures, whose cost is not estimated: "
-            "about 100 calls of the model per picture; plan with method.name = 'craft' for the rest"
-        )
+    planned(recipe)  # refuses what is not estimated, before anything is looked up
     counted = figures(recipe.model, recipe.train.lora, checkpointing(recipe.train))
     prompts, held_out = _prompts(recipe)
     found = costs(recipe, counted, prompts, held_out)
@@ -128,7 +124,7 @@ def _remarks(recipe: Recipe, found: list[StageCost]) -> Iterable[str]:
     used = {recipe.model.dtype, recipe.train.precision}
     shares = " and ".join(f"{SHARE[d]:.0%} of the {d} rate" for d in sorted(used))
     yield f"Assumed: {shares} of the data sheet; loading and downloads not counted."
-    method = build(recipe.method.name, recipe.method.settings)
+    method = planned(recipe)
     drawn = method.fed_with == "prompts"
     if drawn:
         yield "train: each example is an image drawn, decoded, scored and differentiated."

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from craftune.assumed import GIB, PNG_BYTES, RESERVE, SIZE, Figures, Number, StageCost
 from craftune.config import Recipe
-from craftune.methods import PGRAFT, FromExamples, FromPrompts, build
+from craftune.methods import PGRAFT, FromExamples, FromPrompts
 from craftune.training_costs import (
     branches,
     memory,
     micro_batch,
+    planned,
     reward_flops,
     reward_memory,
     training_cost,
@@ -23,7 +24,7 @@ def costs(recipe: Recipe, figures: Figures, prompts: int, held_out: int) -> list
         prompts: that the pool is drawn for.
         held_out: prompts that base and tuned are compared on.
     """
-    method = build(recipe.method.name, recipe.method.settings)
+    method = planned(recipe)
     pool, training = _pool(recipe, figures, prompts), _training(recipe, figures)
     rounds = recipe.run.rounds if method.fed_with == "examples" else 1
     repeated = [_times(cost, rounds) for cost in (*pool, training)]
@@ -45,7 +46,7 @@ def costs(recipe: Recipe, figures: Figures, prompts: int, held_out: int) -> list
 def _pool(recipe: Recipe, figures: Figures, prompts: int) -> list[StageCost]:
     """Of one round: drawn, with its latents and states in float32, and scored."""
     pool = prompts * (1 + recipe.refine.variants * recipe.generate.seeds_per_variant)
-    method = build(recipe.method.name, recipe.method.settings)
+    method = planned(recipe)
     stored = recipe.generate.keep_latents + len(recipe.generate.keep_states)
     drawn = PNG_BYTES * figures.side**2 + 4 * figures.latent_numbers * stored
     started = method if recipe.run.rounds > 1 else None

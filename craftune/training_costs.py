@@ -18,13 +18,29 @@ from craftune.assumed import (
     Number,
 )
 from craftune.config import Recipe, TrainConfig
-from craftune.methods import FromPrompts, build
+from craftune.errors import UserError
+from craftune.methods import FromExamples, FromPrompts, NoiseCorrection, build
 from craftune.methods.drawing import Passes
+
+
+def planned(recipe: Recipe) -> FromExamples | FromPrompts:
+    """The recipe's method.
+
+    Raises:
+        UserError: there is no such method or hyper-parameter, or it inverts pictures.
+    """
+    method = build(recipe.method.name, recipe.method.settings)
+    if isinstance(method, NoiseCorrection):
+        raise UserError(
+            f"method.name: {recipe.method.name!r} inverts pictures, whose cost is not estimated: "
+            "about 100 calls of the model per picture; plan with method.name = 'craft' for the rest"
+        )
+    return method
 
 
 def training_cost(recipe: Recipe, figures: Figures) -> tuple[Number, Number]:
     """FLOPs of one example in one update; how many of them are in float32 in any case."""
-    method = build(recipe.method.name, recipe.method.settings)
+    method = planned(recipe)
     if method.fed_with == "examples":
         return example_flops(recipe.train, figures), 0
     passes = method.passes(recipe.generate.num_steps)
@@ -34,7 +50,7 @@ def training_cost(recipe: Recipe, figures: Figures) -> tuple[Number, Number]:
 
 def memory(recipe: Recipe, figures: Figures, micro: int) -> Number:
     """Bytes on the GPU while training with `micro` examples at once."""
-    method = build(recipe.method.name, recipe.method.settings)
+    method = planned(recipe)
     if method.fed_with == "examples":
         return training_memory(recipe.train, figures, micro, recipe.training_dtype)
     return drawn_memory(recipe, figures, method, micro)
