@@ -26,6 +26,7 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler
 
+from craftune.batches import Examples
 from craftune.config import LoraConfig, TrainConfig
 from craftune.methods import SFT
 from craftune.models.counting import drawing
@@ -35,7 +36,7 @@ from craftune.models.sd import UNetDenoiser
 from craftune.models.sdxl import SDXLDenoiser
 from craftune.sampling import sample
 from craftune.training import train
-from craftune.types import Cond, Denoiser, Examples
+from craftune.types import Cond, Denoiser
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from craftune.selection import SelectConfig, select
+from craftune.select_config import SelectConfig
+from craftune.selection import select
 
 COLUMNS = 5
 LOOP_ROWS = 10_000

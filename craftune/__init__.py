@@ -29,7 +29,8 @@ if typing.TYPE_CHECKING:
     from craftune.pipeline import run
     from craftune.recipes import load_recipe
     from craftune.scoring.api import score
-    from craftune.selection import SelectConfig, select
+    from craftune.select_config import SelectConfig
+    from craftune.selection import select
     from craftune.types import Reward
 
 _HOME = {

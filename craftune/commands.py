@@ -18,7 +18,8 @@ from craftune.records import read_json
 from craftune.reporting.units import in_tables
 from craftune.runs import stage_folder
 from craftune.scoring.verify import verify_reward
-from craftune.selection import NothingSelected, SelectConfig, select
+from craftune.select_config import SelectConfig
+from craftune.selection import NothingSelected, select
 from craftune.stages.select import Pool, load_pool
 
 

@@ -1,14 +1,7 @@
 """Why a candidate was or was not selected, in words."""
 
-from craftune.selection import (
-    SelectConfig,
-    Selection,
-    Status,
-    filter_rows,
-    joined,
-    joint,
-    sub_filters,
-)
+from craftune.select_config import SelectConfig, filter_rows, joined, sub_filters
+from craftune.selection import Selection, Status, joint
 
 
 def explain(

@@ -13,7 +13,7 @@ from craftune.recipes import keys_of, settings
 from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
 from craftune.rewards.published import Published
-from craftune.selection import FILTERS
+from craftune.select_config import FILTERS
 
 KEY_WIDTH = 29
 """Of "key = default" and the gap after it, in the tables of settings."""

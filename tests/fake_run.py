@@ -29,7 +29,7 @@ from craftune.records import (
     write_table,
 )
 from craftune.runs import STAGES, stage_folder
-from craftune.selection import SelectConfig
+from craftune.select_config import SelectConfig
 from craftune.stages import evaluate
 from craftune.stages.select import choose
 

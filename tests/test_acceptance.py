@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from craftune.acceptance import AcceptConfig, Accepted, accept, log_kappa_of_distinct
 from craftune.explain import explain
-from craftune.selection import NothingSelected, SelectConfig, Selection, Status, select
+from craftune.select_config import SelectConfig
+from craftune.selection import NothingSelected, Selection, Status, select
 
 GROUPS, M = 2000, 6
 CHI_SQUARE_9 = 27.9  # the 0.999 quantile of 9 degrees of freedom

@@ -13,13 +13,14 @@ from torch import Tensor
 from toy import flat_grad, kept_checkpoint, load_sd
 
 from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
+from craftune.batches import Examples
 from craftune.config import LoraConfig, TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
 from craftune.sampling import initial_noise, sample
 from craftune.seeds import stream
 from craftune.training import train
-from craftune.types import Denoiser, Examples, Model
+from craftune.types import Denoiser, Model
 
 LORA = LoraConfig(rank=2, alpha=4)
 DORA = LoraConfig(rank=2, alpha=4, dora=True)

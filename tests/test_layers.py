@@ -26,11 +26,12 @@ ONLY_IN = {
     "accelerate": [],
     "torch.distributed": ["craftune.processes"],
     "peft": ["craftune.adapters", "craftune.models", "craftune.training*"],
-    # nothing in the pipeline knows the world: it enters by the two tables
+    # nothing in the pipeline knows the world: it enters by the three tables
     "craftune.shapes": [
         "craftune.shapes",
         "craftune.rewards=",
         "craftune.refiners=",
+        "craftune.pictures",
         "craftune.studies",
     ],
     "craftune.studies": ["craftune.studies"],
@@ -48,7 +49,10 @@ NEVER = {
     "craftune.sampling": BELOW,
     "craftune.types": BELOW,
     "craftune.statistics": BELOW,
-    "craftune.noise": [*BELOW, "pathlib"],
+    "craftune.noise": BELOW,
+    "craftune.noise.corrector": ["pathlib"],
+    "craftune.noise.inversion": ["pathlib"],
+    "craftune.noise.flops": ["pathlib"],
     "craftune.rows": BELOW,
 }
 

@@ -11,12 +11,12 @@ import torch
 from toy import ToyDenoiser, kept_checkpoint, load_sd, toy, toy_examples
 
 from craftune import memory
+from craftune.batches import Examples
 from craftune.config import TrainConfig
 from craftune.memory import Fit, available_ram, largest
 from craftune.methods import SFT
 from craftune.seeds import stream
 from craftune.training import train
-from craftune.types import Examples
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = TrainConfig(steps=4, batch_size=8, learning_rate=1e-2, warmup_steps=0, save_every=2)

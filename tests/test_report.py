@@ -16,7 +16,7 @@ from report_page import made
 from craftune.errors import UserError
 from craftune.reporting import diagrams
 from craftune.reporting.read import read_run
-from craftune.selection import SelectConfig
+from craftune.select_config import SelectConfig
 from craftune.stages.report import report
 
 

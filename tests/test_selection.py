@@ -29,15 +29,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from craftune.explain import explain, reason
-from craftune.selection import (
-    FILTERS,
-    NothingSelected,
-    SelectConfig,
-    Status,
-    _check_pool,
-    filter_keys,
-    select,
-)
+from craftune.select_config import FILTERS, SelectConfig, filter_keys
+from craftune.selection import NothingSelected, Status, _check_pool, select
 
 HPA = ("h", "p", "a")
 EXACT = {"h": (1.0, 2.0), "p": (0.0, 4.0), "a": (-2.0, 0.5)}

@@ -16,6 +16,7 @@ from torch.distributed import HashStore
 from toy import ToyDenoiser, flat_grad, toy, toy_cond, toy_examples
 
 from craftune import training
+from craftune.batches import Examples
 from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.methods import CRAFT, SFT
@@ -24,7 +25,7 @@ from craftune.processes import Processes
 from craftune.seeds import stream
 from craftune.training import train
 from craftune.training_state import Average, Trainable, latest, prune, save, stop_requests
-from craftune.types import Cond, Examples
+from craftune.types import Cond
 
 CONFIG = TrainConfig(
     steps=7,

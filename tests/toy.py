@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from craftune.batches import Examples
 from craftune.config import ModelConfig
 from craftune.diffusion import Grid, Schedule, Target
 from craftune.models import load
 from craftune.seeds import stream
-from craftune.types import Cond, Denoiser, Examples, Model
+from craftune.types import Cond, Denoiser, Model
 
 # --- the toy family ------------------------------------------------------------------------
 

@@ -22,10 +22,11 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from craftune.batches import Prompts, Starts
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
 from craftune.methods.drawing import Passes, Scales, Weights, draw, rewarded, starts
-from craftune.types import Denoiser, Metrics, Prompts, Starts
+from craftune.types import Denoiser, Metrics
 
 MEAN, DEVIATION = 42 / 50, 5 / 50
 """Of the Gaussian cut, in shares of the sampler's steps: 42 and 5 of 50."""

@@ -14,9 +14,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from craftune.batches import Draws, Examples
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
-from craftune.types import Denoiser, Draws, Examples, Metrics
+from craftune.types import Denoiser, Metrics
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -29,10 +29,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from craftune.batches import Prompts, Starts
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
 from craftune.methods.drawing import Passes, Scales, Weights, draw, rewarded, starts
-from craftune.types import Denoiser, Metrics, Prompts, Starts
+from craftune.types import Denoiser, Metrics
 
 
 @dataclass(frozen=True, config=STRICT)

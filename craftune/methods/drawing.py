@@ -13,9 +13,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from craftune.batches import Prompts, Starts
 from craftune.diffusion import Grid
 from craftune.sampling import sample
-from craftune.types import Denoiser, Metrics, Prompts, Starts
+from craftune.types import Denoiser, Metrics
 
 Weights = Annotated[dict[str, float], Field(min_length=1)]
 """Reward -> its factor in the sum that is maximised."""

@@ -23,10 +23,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
+from craftune.batches import Draws
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
 from craftune.methods.denoising import squared_error
-from craftune.types import Cond, Denoiser, Draws, Metrics
+from craftune.types import Cond, Denoiser, Metrics
 
 
 @dataclass(frozen=True)

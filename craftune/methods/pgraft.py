@@ -30,10 +30,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from craftune.batches import Draws, Examples, Level
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
 from craftune.methods.denoising import squared_error
-from craftune.types import Denoiser, Draws, Examples, Level, Metrics
+from craftune.types import Denoiser, Metrics
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,10 +14,11 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from craftune.batches import Draws, Examples
 from craftune.config import STRICT
 from craftune.diffusion import Schedule
 from craftune.methods.denoising import NoiseLevels, plain_loss
-from craftune.types import Denoiser, Draws, Examples, Metrics
+from craftune.types import Denoiser, Metrics
 
 
 @dataclass(frozen=True, config=STRICT)

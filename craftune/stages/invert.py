@@ -18,6 +18,7 @@ from craftune.images import decode, to_rgb, to_tensor
 from craftune.methods import NoiseCorrection
 from craftune.models import resolve
 from craftune.noise import Inversion, invert
+from craftune.pictures import MADE
 from craftune.processes import ALONE, Processes
 from craftune.progress import track
 from craftune.records import Prompt, read_json, read_rows, write_json, write_table
@@ -30,15 +31,12 @@ from craftune.stages.generate import guidance_of, sampler_of
 from craftune.types import Model
 
 KEY = "method.settings.source"
-WORLD = "craftune:shapes/world"
-"""The source that draws its pictures of the run's training prompts."""
-
 NOISE = pa.schema([("id", pa.string()), ("prompt", pa.string()), ("noise", pa.list_(pa.float32()))])
 """The noise from which the sampler draws one picture of the source."""
 
 
 def source_of(method: NoiseCorrection) -> Source | None:
-    """What `source` holds; None for the world's own pictures.
+    """What `source` holds; None for pictures that are made of the run's training prompts.
 
     Raises:
         UserError: it is empty, or holds no pictures with prompts.
@@ -46,9 +44,9 @@ def source_of(method: NoiseCorrection) -> Source | None:
     if not method.source:
         raise UserError(
             f"{KEY}: empty; name a folder of pictures with metadata.jsonl or Parquet files, or "
-            f"{WORLD!r} for the embedded model"
+            f"{next(iter(MADE))!r} for the embedded model"
         )
-    if method.source == WORLD:
+    if method.source in MADE:
         return None
     found = open_source(resolve(method.source), None)
     if not found.prompts:
@@ -112,14 +110,12 @@ def _items(method: NoiseCorrection, seed: int, prompts: Path) -> tuple[int, Iter
     if found is not None:
         total = min(found.total, method.pictures)
         return total, islice(chain.from_iterable(items for _, items in found.shards()), total)
-    from craftune.shapes.pictures import world_pictures
-
     texts = [row.prompt for row in read_rows(Prompt, prompts)]
     try:
-        drawn = enumerate(world_pictures(texts, method.pictures, seed))
+        drawn = enumerate(MADE[method.source](texts, method.pictures, seed))
     except ValueError as error:
-        raise UserError(f"{KEY} {WORLD!r}: {error}") from None
-    return method.pictures, (Item(f"world-{n}", texts[n % len(texts)], x) for n, x in drawn)
+        raise UserError(f"{KEY} {method.source!r}: {error}") from None
+    return method.pictures, (Item(f"made-{n}", texts[n % len(texts)], x) for n, x in drawn)
 
 
 def _shards(

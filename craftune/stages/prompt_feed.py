@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from craftune.batches import Drawing, Prompts
 from craftune.config import GenerateConfig, TrainConfig
 from craftune.errors import UserError
 from craftune.methods import FromPrompts
@@ -13,7 +14,7 @@ from craftune.methods.drawing import weighted
 from craftune.records import Prompt, read_rows
 from craftune.stages.generate import guidance_of, sampler_of
 from craftune.stages.train import shuffled
-from craftune.types import Drawing, Model, Prompts, Reward
+from craftune.types import Model, Reward
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from craftune.errors import UserError
 from craftune.explain import reason
 from craftune.identities import one_identity_each
 from craftune.records import read_table, write_json, written
-from craftune.selection import NothingSelected, SelectConfig, Selection, Status, select
+from craftune.select_config import SelectConfig
+from craftune.selection import NothingSelected, Selection, Status, select
 from craftune.stages.keys import copies
 
 POOL_COLUMNS = ["id", "prompt_id", "prompt", "refined_prompt", "category", "variant", "sample"]

@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from craftune.batches import Level
 from craftune.diffusion import Grid, Schedule
 from craftune.errors import UserError
 from craftune.methods import PGRAFT
 from craftune.records import read_table
-from craftune.types import Encoded, Level
+from craftune.types import Encoded
 
 
 def kept_states(grid: Grid, passed: Mapping[int, Tensor], row: int) -> list[dict[str, Any]]:

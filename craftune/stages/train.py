@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from craftune.adapters import WithoutAdapter, add_lora, merged, merged_into
+from craftune.batches import Examples, Level
 from craftune.config import TrainConfig
 from craftune.errors import UserError
 from craftune.images import decode, to_tensor
@@ -23,7 +24,7 @@ from craftune.records import read_table
 from craftune.seeds import stream
 from craftune.stages.states import at_level
 from craftune.training import train as run_loop
-from craftune.types import Cond, Encoded, Examples, Level, Model
+from craftune.types import Cond, Encoded, Model
 
 
 @runtime_checkable

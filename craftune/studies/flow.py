@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from craftune.batches import Examples
 from craftune.config import ModelConfig, TrainConfig
 from craftune.diffusion import Grid, Schedule
 from craftune.methods.sft import SFT
@@ -20,7 +21,7 @@ from craftune.models import load
 from craftune.rows import Layout, RowDenoiser, RowNetwork
 from craftune.seeds import stream
 from craftune.training import train
-from craftune.types import Cond, Examples, Model
+from craftune.types import Cond, Model
 
 LATENTS = (16, 8, 8)
 BLUR = 0.1

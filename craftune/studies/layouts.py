@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from craftune.acceptance import AcceptConfig, accept
+from craftune.batches import Examples
 from craftune.methods.sft import SFT
 from craftune.rows import RowDenoiser, RowNetwork
 from craftune.sampling import sample
@@ -42,7 +43,7 @@ from craftune.studies.pages import (
     reward,
 )
 from craftune.training import train
-from craftune.types import Cond, Examples
+from craftune.types import Cond
 
 PAGES, BASE_STEPS, ROUNDS, ROUND_STEPS, DRAWN, MEASURED = 4000, 800, 3, 60, 960, 960
 SAMPLER_STEPS = 16

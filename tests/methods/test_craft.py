@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import ToyDenoiser, cosine_schedule, flat_grad, toy, toy_cond, toy_examples
 
+from craftune.batches import Draws, Examples
 from craftune.methods import CRAFT, SFT, build
 from craftune.methods.craft import anchored_loss
 from craftune.methods.denoising import predict, squared_error
 from craftune.seeds import stream
-from craftune.types import Draws, Examples
 
 Negatives = Literal["drop", "keep", "clip", "anchor"]
 ADVANTAGE = torch.tensor([-1.7, -0.4, 0.0, 0.3, 1.2, 1.7])

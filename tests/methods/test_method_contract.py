@@ -8,9 +8,10 @@ import pytest
 import torch
 from toy import ToyDenoiser, flat_grad, toy, toy_examples
 
+from craftune.batches import Draws, Examples
 from craftune.methods import METHODS, build
 from craftune.seeds import stream
-from craftune.types import Draws, Examples, Method
+from craftune.types import Method
 
 CASES = {
     **{

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from toy import chain, cosine_schedule
 
+from craftune.batches import Draws, Examples, Level
 from craftune.diffusion import Schedule, Target
 from craftune.methods.graft import GRAFT
 from craftune.methods.pgraft import PGRAFT, above, noised_up
 from craftune.methods.sft import SFT
 from craftune.sampling import Stitched, sample
 from craftune.seeds import stream
-from craftune.types import Cond, Draws, Examples, Level
+from craftune.types import Cond
 
 MEANS, SPREAD, DRAWS = (-1.0, 1.0), 0.35, 1000
 LEVELS = list(range(99, -1, -1))

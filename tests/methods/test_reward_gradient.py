@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from toy import Gaussian, ToyDenoiser, chain, cosine_schedule, flat_grad, toy, toy_cond
 
+from craftune.batches import Drawing, Prompts, Starts
 from craftune.diffusion import Schedule, Target
 from craftune.errors import UserError
 from craftune.methods import METHODS, AlignProp, DRaFT, ReFL, build
 from craftune.methods.drawing import weighted
 from craftune.sampling import sample
 from craftune.seeds import stream
-from craftune.types import Cond, Drawing, Method, Prompts, Starts
+from craftune.types import Cond, Method
 
 STEPS = 5
 REWARD = {"right": 1.0}

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from toy import ToyDenoiser, cosine_schedule, flat_grad, toy, toy_examples
 
+from craftune.batches import Draws
 from craftune.methods import CRAFT, SFT
 from craftune.methods.denoising import squared_error
 from craftune.seeds import stream
-from craftune.types import Draws
 
 
 class Zero(nn.Module):

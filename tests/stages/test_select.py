@@ -10,7 +10,8 @@ import pytest
 from craftune.config import GenerateConfig
 from craftune.errors import UserError
 from craftune.records import CANDIDATE, SCORE, canonical, read_json, read_table, write_table
-from craftune.selection import SelectConfig, Status
+from craftune.select_config import SelectConfig
+from craftune.selection import Status
 from craftune.stages.select import choose, load_pool
 
 NAMES = ("h", "p", "a")

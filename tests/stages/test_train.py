@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from toy import kept_checkpoint, load_sd, toy_cond, toy_examples
 
 from craftune import processes
+from craftune.batches import Examples
 from craftune.config import GenerateConfig, LoraConfig, TrainConfig
 from craftune.errors import UserError
 from craftune.images import decode, to_tensor
@@ -24,7 +25,7 @@ from craftune.methods import CRAFT, SFT
 from craftune.records import Prompt, Refined, prompt_id, write_rows
 from craftune.stages.generate import generate
 from craftune.stages.train import ExampleFeed, example_feed, load_examples, train
-from craftune.types import Cond, Examples, Model
+from craftune.types import Cond, Model
 
 TEXTS = ["two red dogs", "a cat", "a green square"]
 CONFIG = TrainConfig(
