@@ -1,6 +1,7 @@
 """Every recipe in recipes/ loads, names what exists, and says what it costs."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,15 @@ from craftune.recipes import load_recipe
 from craftune.refiners import REFINERS
 from craftune.rewards import REWARDS
 from craftune.selection import NothingSelected, select
+from craftune.training_costs import checkpointing
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+HOURS = {
+    "H100 80 GB": r"(?<![\d.])(\d+) H100-hour",
+    "RTX 4090": r"(\d+) hours of an RTX 4090",
+    "L40S": r"(\d+) of an L40S",
+}
+"""GPU -> how headers say its hours."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -49,6 +57,37 @@ def test_a_header_says_command_hardware_and_time(path: Path) -> None:
     assert f"craftune run recipes/{path.name}" in header
     assert "Hardware: " in header
     assert "Time: " in header or "hours" in header
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if "`craftune plan`" in p.read_text()], ids=lambda p: p.stem
+)
+def test_a_header_says_what_the_plan_says(path: Path) -> None:
+    header = path.read_text().partition("[run]")[0].replace("\n#", "")
+    recipe = load_recipe(path)
+    counted = published(recipe.model.path, recipe.train.lora, checkpointing(recipe.train))
+    assert counted is not None
+    found = costs(recipe, counted, recipe.prompts.limit or 1, recipe.evaluate.num_prompts)
+
+    (size,) = re.findall(r"one GPU of (\d+) GB", header)
+    assert max(cost.memory for cost in found) < int(size) * GIB
+    (disk,) = re.findall(r"(\d+) GB of disk", header)
+    assert sum(cost.disk for cost in found) / 1e9 == pytest.approx(int(disk), abs=0.5)
+    said = 0
+    for gpu, words in HOURS.items():
+        for number in re.findall(words, header):
+            hours = sum(cost.hours(GPUS[gpu]) for cost in found)
+            assert hours == pytest.approx(int(number), abs=0.5), gpu
+            said += 1
+    assert said
+    for limit, number in re.findall(r"limit = (\d+): (\d+)", header):
+        fewer = costs(recipe, counted, int(limit), recipe.evaluate.num_prompts)
+        hours = sum(cost.hours(GPUS["RTX 4090"]) for cost in fewer)
+        assert hours == pytest.approx(int(number), abs=0.5)
+    requests = re.findall(r"([\d,]+) requests to the language model", " ".join(header.split()))
+    asked = [f"{recipe.prompts.limit:,}"] if recipe.refine.by == "openai" else []
+    assert requests == asked
+    assert bool(asked) == (f"export {recipe.refine.chat.key_env}=" in header)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("craft-sd15", 120), ("craft-sdxl", 200)])
