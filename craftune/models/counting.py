@@ -38,6 +38,9 @@ TEXT_ENCODERS = {
 }
 CLIP_TOKENS = 77
 T5_TOKENS = {"SD3Transformer2DModel": 256, "FluxTransformer2DModel": 512}
+SCHNELL_TOKENS = 256
+SCHEDULER = "scheduler"
+"""No network, but where FLUX.1's schnell and a de-distilled dev differ."""
 FLUX_SIDE = 128
 """Of FLUX.1's latents, which its config.json does not hold: images of 1024 pixels."""
 
@@ -59,11 +62,11 @@ def count(parts: Parts, lora: LoraConfig, checkpointing: bool) -> Figures:
 def drawing(parts: Parts) -> Figures:
     """All that drawing images needs; what training needs stays 0."""
     quiet()
-    networks = {name: _build(name, config) for name, config in parts.items()}
-    name = _denoiser(parts)
+    networks = {name: _build(name, config) for name, config in parts.items() if name != SCHEDULER}
+    name, t5_tokens = _denoiser(parts), _t5_tokens(parts)
     network, vae, kind = networks[name], networks["vae"], parts[name]["_class_name"]
     shape = _latent_shape(parts)
-    inputs = _inputs(kind, network.config, shape)
+    inputs = _inputs(kind, network.config, shape, t5_tokens)
     drawn = measure(network, lambda: network(**inputs), gradient=False)
     decoded = measure(vae, lambda: vae.decode(_empty(1, *shape)), gradient=False)
     tuned = _empty(1, *shape).requires_grad_(True)
@@ -77,7 +80,7 @@ def drawing(parts: Parts) -> Figures:
         forward_flops=drawn.flops,
         decode_flops=decoded.flops,
         text_flops=sum(
-            _text_flops(networks[key], parts[key], kind)
+            _text_flops(networks[key], parts[key], t5_tokens)
             for key in parts
             if key.startswith("text_encoder")
         ),
@@ -97,7 +100,8 @@ def training(parts: Parts, lora: LoraConfig, checkpointing: bool) -> dict[str, i
         network.to(torch.bfloat16)  # as under autocast: the adapters' inputs are of 16 bit too
     if checkpointing:
         network.enable_gradient_checkpointing()
-    inputs = _inputs(parts[name]["_class_name"], network.config, _latent_shape(parts))
+    kind, shape = parts[name]["_class_name"], _latent_shape(parts)
+    inputs = _inputs(kind, network.config, shape, _t5_tokens(parts))
     kept = measure(network, lambda: network(**inputs), gradient=True).kept
     return {
         "trained": _size(p for p in network.parameters() if p.requires_grad),
@@ -106,7 +110,7 @@ def training(parts: Parts, lora: LoraConfig, checkpointing: bool) -> dict[str, i
 
 
 def configs(folder: Path) -> Parts:
-    """The parts of a diffusers folder, from its config.json files alone.
+    """The parts of a diffusers folder, from its .json files alone.
 
     Raises:
         UserError: a part that is counted is missing, or its config.json is damaged.
@@ -117,6 +121,9 @@ def configs(folder: Path) -> Parts:
         if name in ("unet", "transformer", "vae") or name.startswith("text_encoder"):
             kind = config.get("_class_name") or next(iter(config.get("architectures") or []), "")
             found[name] = config | {"_class_name": kind}
+    scheduler = folder / SCHEDULER / "scheduler_config.json"
+    if scheduler.is_file():
+        found[SCHEDULER] = read_json(scheduler)
     for needed in ("vae", "text_encoder"):
         if needed not in found:
             raise UserError(f"{folder / needed / 'config.json'}: missing; it is counted from")
@@ -129,10 +136,20 @@ def _denoiser(parts: Parts) -> str:
     return "unet" if "unet" in parts else "transformer"
 
 
-def _text_flops(encoder: nn.Module, config: dict[str, Any], denoiser: str) -> int:
+def _t5_tokens(parts: Parts) -> int:
+    """To which T5's prompts are padded; 0 where the family has no T5."""
+    network = parts[_denoiser(parts)]
+    kind, scheduler = network["_class_name"], parts.get(SCHEDULER, {})
+    if kind == "FluxTransformer2DModel" and not network.get("guidance_embeds", False):
+        # As `flux._guidance` tells them apart.
+        return T5_TOKENS[kind] if scheduler.get("use_dynamic_shifting") else SCHNELL_TOKENS
+    return T5_TOKENS.get(kind, 0)
+
+
+def _text_flops(encoder: nn.Module, config: dict[str, Any], t5_tokens: int) -> int:
     """Of one prompt, padded as the family pads it."""
     if config["_class_name"] == "T5EncoderModel":
-        length = T5_TOKENS[denoiser]
+        length = t5_tokens
     else:
         length = config.get("max_position_embeddings", CLIP_TOKENS)
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
@@ -160,7 +177,7 @@ def _latent_shape(parts: Parts) -> tuple[int, int, int]:
     return (parts["vae"]["latent_channels"], side, side)
 
 
-def _inputs(kind: str, config: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
+def _inputs(kind: str, config: Any, shape: tuple[int, int, int], t5_tokens: int) -> dict[str, Any]:
     """What the denoiser is called with, one image."""
     t = torch.zeros(1, device="meta")
     if kind == "UNet2DConditionModel":
@@ -177,7 +194,7 @@ def _inputs(kind: str, config: Any, shape: tuple[int, int, int]) -> dict[str, An
                 "time_ids": _empty(1, 6),
             }
         return inputs
-    length = T5_TOKENS[kind] + (CLIP_TOKENS if kind == "SD3Transformer2DModel" else 0)
+    length = t5_tokens + (CLIP_TOKENS if kind == "SD3Transformer2DModel" else 0)
     inputs = {
         "timestep": t,
         "encoder_hidden_states": _empty(1, length, config.joint_attention_dim),

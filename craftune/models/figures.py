@@ -8,6 +8,8 @@ from craftune.errors import UserError
 from craftune.models import EMBEDDED, resolve
 from craftune.models.published import PUBLISHED, published
 
+CONFIGS = ("*/config.json", "scheduler/scheduler_config.json")
+
 
 def figures(config: ModelConfig, lora: LoraConfig, checkpointing: bool) -> Figures:
     """Count without weights; of a hub id that is not in the table, only .json files are fetched.
@@ -35,9 +37,7 @@ def _configs_of_hub(config: ModelConfig) -> Path:
     if name.startswith((".", "/", "~", EMBEDDED)) or name.endswith(".safetensors"):
         raise UserError(f"model.path {name!r}: no such folder; a plan needs its config.json files")
     try:
-        return Path(
-            snapshot_download(name, revision=config.revision, allow_patterns=["*/config.json"])
-        )
+        return Path(snapshot_download(name, revision=config.revision, allow_patterns=list(CONFIGS)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -130,6 +130,7 @@ _FLUX_TRANSFORMER = {
     "pooled_projection_dim": 768,
     "guidance_embeds": True,
 }
+_FLUX: Parts = {"vae": _VAE_16, "text_encoder": _CLIP_L, "text_encoder_2": _T5_XXL}
 _SD1: Parts = {"unet": _SD1_UNET, "vae": _VAE, "text_encoder": _CLIP_L}
 _SD3: Parts = {
     "vae": _VAE_16,
@@ -156,11 +157,11 @@ PUBLISHED: dict[str, Parts] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": {"transformer": _SD3_TRANSFORMER, **_SD3},
     "stabilityai/stable-diffusion-3.5-medium": {"transformer": _SD35_MEDIUM, **_SD3},
     "stabilityai/stable-diffusion-3.5-large": {"transformer": _SD35_LARGE, **_SD3},
-    "black-forest-labs/FLUX.1-dev": {
-        "transformer": _FLUX_TRANSFORMER,
-        "vae": _VAE_16,
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _T5_XXL,
+    "black-forest-labs/FLUX.1-dev": {"transformer": _FLUX_TRANSFORMER, **_FLUX},
+    "black-forest-labs/FLUX.1-schnell": {
+        "transformer": _FLUX_TRANSFORMER | {"guidance_embeds": False},
+        "scheduler": {"use_dynamic_shifting": False},
+        **_FLUX,
     },
 }
 """Hub ids whose networks are known here."""

@@ -13,6 +13,7 @@ from craftune.adapters import add_lora
 from craftune.assumed import BACKWARD, RECOMPUTED, Figures
 from craftune.config import LoraConfig, ModelConfig
 from craftune.errors import UserError
+from craftune.models import counting
 from craftune.models.counting import configs, count, drawing, training
 from craftune.models.figures import figures
 from craftune.models.published import LORA_RANK, PUBLISHED, published
@@ -167,6 +168,31 @@ def test_flux_without_embedded_guidance_has_two_calls_unless_its_scale_is_1(
     """schnell takes no scale but 1; a de-distilled dev has the same network and takes any."""
     found = drawing(configs(kept_flow(kind)))
     assert found.guidance_embedded == embedded
+
+
+def test_t5_is_padded_as_the_family_pads_it() -> None:
+    """FLUX.1-schnell's to 256, a dev's to 512; the scheduler tells a de-distilled dev."""
+    seen = {}
+    for kind in ("flux-dev", "flux-schnell"):
+        model, parts = load_sd(kept_flow(kind)), configs(kept_flow(kind))
+        seen[kind] = counting._t5_tokens(parts)
+        assert seen[kind] == model.encode_prompts(["a"]).tensors["tokens"].shape[1]
+    assert seen == {"flux-dev": 512, "flux-schnell": 256}
+    parts = configs(kept_flow("flux-schnell"))
+    assert "scheduler" in parts
+    parts["scheduler"]["use_dynamic_shifting"] = True
+    assert drawing(parts).forward_flops > drawing(configs(kept_flow("flux-schnell"))).forward_flops
+
+
+def test_schnell_costs_less_than_dev() -> None:
+    dev, schnell = table(FLUX), table("black-forest-labs/FLUX.1-schnell")
+    assert not schnell.guidance_embedded
+    # 4,096 patches and 256 tokens instead of 512. Attention goes with the square of their sum: two
+    # products of 2 * 4608^2 * 3072 in each of 57 layers; all else is linear in it.
+    less, attention = 4352 / 4608, 57 * 4 * 4608**2 * 3072
+    expected = less * (dev.forward_flops - attention) + less**2 * attention
+    assert schnell.forward_flops == pytest.approx(expected, rel=1e-3)
+    assert schnell.kept_bytes < dev.kept_bytes
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux-dev"])
