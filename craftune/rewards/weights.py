@@ -55,14 +55,21 @@ def find(path: str, names: Sequence[str], key: str) -> Path:
 
 def _from_hub(path: str, names: Sequence[str], key: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
-    reason = ""
+    reason, unreachable = "", False
     for name in names:
         try:
-            return Path(hf_hub_download(path, name))
+            return Path(hf_hub_download(path, name, local_files_only=unreachable))
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
             reason = reason or str(error).strip().splitlines()[0]
+            # After half a minute of trying; another of the files may be in the cache.
+            unreachable = unreachable or isinstance(error, LocalEntryNotFoundError)
     raise UserError(
         f"{key} {path!r}: no such file or folder here, and the hub did not give it ({reason}); "
         f"fetch {names[0]} from https://huggingface.co/{path} and set {key} to its folder"

@@ -20,6 +20,7 @@ from checkpoints import (
     settings_of,
     tiny_clip,
 )
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_reward_contract import pictures
@@ -34,7 +35,7 @@ from craftune.images import decode, encode_png
 from craftune.records import CANDIDATE, read_table, write_table
 from craftune.rewards import REWARDS, clip, preprocess, text
 from craftune.rewards.published import Published
-from craftune.rewards.weights import digest, parts
+from craftune.rewards.weights import digest, find, parts
 from craftune.stages.score import score
 
 PUBLISHED = sorted(name for name, entry in REWARDS.items() if isinstance(entry, Published))
@@ -365,6 +366,26 @@ def test_no_weights_and_no_network() -> None:
         said = complaint(name, {})
         assert "the hub did not give it" in said
         assert "https://huggingface.co/" in said
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_then_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question takes half a minute of repeated trying."""
+    asked = []
+
+    def download(repo: str, name: str, *, local_files_only: bool = False) -> str:
+        asked.append((name, local_files_only))
+        if name == "b.bin":
+            return str(tmp_path / name)
+        raise LocalEntryNotFoundError("cannot be reached")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    names = ("a.safetensors", "a.json", "b.bin")
+    assert find("some/model", names, "path") == tmp_path / "b.bin"
+    assert asked == [("a.safetensors", False), ("a.json", True), ("b.bin", True)]
+    with pytest.raises(UserError, match=r"did not give it \(cannot be reached"):
+        find("some/model", names[:2], "path")
 
 
 @pytest.mark.parametrize(
