@@ -82,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, received: list[int]) -> int:
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # importing them remarks on absent torchvision
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     from craftune import commands
     from craftune.errors import EndedElsewhere, UserError
 
@@ -140,13 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     whole = commands.add_parser("run", help="all stages: prompts to report")
     _add_recipe(whole)
-    whole.add_argument(
+    _add_resume(whole).add_argument(
         "--redo", choices=STAGE_HELP, metavar="STAGE", help="make this stage and later ones anew"
     )
     for name, text in STAGE_HELP.items():
         stage = commands.add_parser(name, help=text)
         _add_recipe(stage)
-        stage.add_argument(
+        group = _add_resume(stage) if name == "train" else stage
+        group.add_argument(
             "--redo", action="store_const", const=name, help="make it and later ones anew"
         )
         stage.set_defaults(command="run", stage=name)
@@ -235,6 +238,17 @@ def _listed(table: Mapping[str, str]) -> str:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a TOML file, see recipes/")
     _add_set(parser)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """For those who look for it: it changes nothing."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume",
+        choices=("latest",),
+        help="from the newest whole checkpoint, past broken ones; so it is without this, too",
+    )
+    return group
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

@@ -92,7 +92,9 @@ def check(recipe: Recipe, processes: Processes = ALONE) -> None:
             "evaluate.num_prompts: 0 takes all of evaluate.source, but there is none; give one, "
             "or a number of prompts to hold out"
         )
-    models.family_of(recipe.model)
+    family = models.family_of(recipe.model)
+    if recipe.generate.sampler != "auto":
+        models.check_sampler(recipe.generate.sampler, models.ADMITTED[family])
     device_of(recipe, processes)
     if recipe.train.batch_size < processes.count:
         raise UserError(
@@ -255,14 +257,22 @@ def _prepare(recipe: Recipe, folder: Path, planned: list[Stage], again: str | No
     write_json(folder / "run.json", asdict(recipe))
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of the machine, as torch and numpy say it."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 def _execute(folder: Path, stage: Stage, processes: Processes = ALONE) -> None:
     """Run one stage and say so on a line of standard error."""
     try:
         worked = execute(folder, stage, processes)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = ([*str(error).splitlines(), "out of memory"])[0]
         mend = LESS_MEMORY.get(stage.name, "free some of the device's memory")
-        raise UserError(f"stage {stage.name!r}: {reason} {mend} and run again") from None
+        raise UserError(f"stage {stage.name!r}: {reason}; {mend} and run again") from None
     except OSError as error:
         error.filename = error.filename or str(stage_folder(folder, stage.name))
         raise

@@ -87,6 +87,27 @@ def test_the_help_names_every_command_and_shows_examples(
         parsers()[name].parse_args(options)
 
 
+def test_resume_latest_is_what_happens_anyway(
+    done: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("run", "train"):
+        again = call([command, done.recipe, "--resume", "latest"], done.folder)
+        assert again.status == 0
+        assert again.err == call([command, done.recipe], done.folder).err
+        with pytest.raises(SystemExit):
+            parsers()[command].parse_args(["a.toml", "--resume", "checkpoint-3"])
+    with pytest.raises(SystemExit):
+        parsers()["train"].parse_args(["a.toml", "--resume", "latest", "--redo"])
+    assert "not allowed with argument --resume" in capsys.readouterr().err
+
+
+def test_libraries_remark_nothing(done: Tiny) -> None:
+    """On what is not installed, as importing diffusers without torchvision does."""
+    command = [sys.executable, "-m", "craftune", "plan", str(done.recipe)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=done.folder)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_an_unknown_command_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["rum"])
@@ -223,6 +244,18 @@ def test_too_little_memory_says_what_to_lower(run_folder: Path) -> None:
 
     with pytest.raises(UserError, match=r"'prompts': CUDA out of memory. .* run again"):
         pipeline._execute(run_folder, Stage("prompts", (), {}, work))
+
+    def on_the_cpu(folder: Path) -> Mapping[str, int]:
+        return {"numbers": len(torch.empty(10**14))}
+
+    with pytest.raises(UserError, match=r"'generate': .*memory.* lower generate\.batch_size"):
+        pipeline._execute(run_folder, Stage("generate", (), {}, on_the_cpu))
+
+    def in_numpy(folder: Path) -> Mapping[str, int]:
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"'score': out of memory; lower score\.batch_size"):
+        pipeline._execute(run_folder, Stage("score", (), {}, in_numpy))
     known = {f"{section}.{key}" for section, key in keys()}
     named = re.findall(r"\w+(?:\.\w+)+", " ".join(pipeline.LESS_MEMORY.values()))
     assert named

@@ -14,7 +14,7 @@ import torch
 from craftune.config import ModelConfig
 from craftune.errors import UserError, unknown_name
 from craftune.models.files import EMBEDDED as EMBEDDED
-from craftune.models.files import SETTINGS, checkpoint
+from craftune.models.files import SETTINGS, check_whole, checkpoint
 from craftune.models.files import resolve as resolve
 from craftune.records import canonical, read_json, sha256
 from craftune.types import Model
@@ -54,6 +54,16 @@ FAMILIES: dict[str, Callable[[Path, ModelConfig, torch.device], Model]] = {
     "flux": _flux,
 }
 """Name -> loader; the docstring's first line is what `craftune list families` prints."""
+
+DISCRETE_SAMPLERS = ("dpm++2m", "ddim", "unipc")
+FLOW_SAMPLERS = ("euler",)
+ADMITTED = {
+    "sd": DISCRETE_SAMPLERS,
+    "sdxl": DISCRETE_SAMPLERS,
+    "sd3": FLOW_SAMPLERS,
+    "flux": FLOW_SAMPLERS,
+}
+"""Family -> names of its samplers beside "auto"."""
 
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
@@ -130,9 +140,18 @@ def _family_in_index(folder: Path) -> tuple[str | None, str]:
             raise UserError(f"{index}: {name!r} needs code from {kind[0]!r}, which is never run")
         if needed and not (folder / name).is_dir():
             raise UserError(f"{folder / name}: missing; the checkpoint is not whole")
+        if needed:
+            check_whole(folder / name)
     pipeline = parts.get("_class_name", "")
     found = PIPELINES.get(pipeline) if isinstance(pipeline, str) else None
     return found, f"{index}: pipeline {pipeline!r}"
+
+
+def check_sampler(name: str, admitted: tuple[str, ...]) -> None:
+    """Raises UserError where the family has no such sampler."""
+    if name not in admitted:
+        choice = " or ".join(repr(known) for known in ("auto", *admitted))
+        raise UserError(f"generate.sampler: {name!r} is not for this checkpoint; use {choice}")
 
 
 def identity(config: ModelConfig) -> dict[str, Any]:

@@ -156,13 +156,6 @@ def rest_mover(pipe: Any, name: str) -> Callable[[torch.device], None]:
     return move_rest
 
 
-def check_sampler(name: str, admitted: tuple[str, ...]) -> None:
-    """Raises UserError where the family has no such sampler."""
-    if name not in admitted:
-        choice = " or ".join(repr(known) for known in ("auto", *admitted))
-        raise UserError(f"generate.sampler: {name!r} is not for this checkpoint; use {choice}")
-
-
 def save_pipeline(
     pipe: Any, folder: Path, name: str, network: nn.Module, dtype: torch.dtype
 ) -> None:

@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 
 from craftune.diffusion import Grid, Schedule, Target
 from craftune.errors import UserError
-from craftune.models.common import check_sampler
+from craftune.models import DISCRETE_SAMPLERS as SAMPLERS
+from craftune.models import check_sampler
 
 TARGETS: dict[str, Target] = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -114,6 +115,3 @@ def _multistep_grid(config: Any, sampler: str, num_steps: int) -> Grid:
     ratios = scheduler.sigmas.double()  # sigma / alpha; karras and its like lie between timesteps
     alphas = (1 + ratios.square()).rsqrt()
     return Grid.chain(scheduler.timesteps, alphas.float(), (ratios * alphas).float())
-
-
-SAMPLERS = ("dpm++2m", "ddim", "unipc")

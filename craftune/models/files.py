@@ -131,12 +131,28 @@ def stitched_code(tuned: str, how: Mapping[str, Any]) -> str:
     )
 
 
+def check_whole(path: Path) -> None:
+    """Read the headers of a weight file, or of all in a folder.
+
+    Raises:
+        UserError: a file is cut off, or is git-lfs's note of where it lies.
+    """
+    _dtypes(path)
+
+
 def stored_dtype(path: Path) -> Literal["float32", "float16", "bfloat16"]:
     """The narrowest dtype in which a checkpoint, folder or file, loads without any rounding.
 
     Raises:
         UserError: a weight file is damaged.
     """
+    found = _dtypes(path)
+    if found <= {"BF16", "I64"}:
+        return "bfloat16"
+    return "float16" if found <= {"F16", "I64"} else "float32"
+
+
+def _dtypes(path: Path) -> set[str]:
     from safetensors import SafetensorError, safe_open
 
     found: set[str] = set()
@@ -146,9 +162,7 @@ def stored_dtype(path: Path) -> Literal["float32", "float16", "bfloat16"]:
                 found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a whole file ({error}); copy it again") from None
-    if found <= {"BF16", "I64"}:
-        return "bfloat16"
-    return "float16" if found <= {"F16", "I64"} else "float32"
+    return found
 
 
 def _snapshot(

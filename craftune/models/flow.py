@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from craftune.diffusion import Grid, Schedule
-from craftune.models.common import check_sampler, token_ids
-
-SAMPLERS = ("euler",)
+from craftune.models import FLOW_SAMPLERS as SAMPLERS
+from craftune.models import check_sampler
+from craftune.models.common import token_ids
 
 JOINT_ATTENTION = (
     *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),

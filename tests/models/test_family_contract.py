@@ -19,7 +19,7 @@ from toy_xl import kept_xl
 from craftune.adapters import add_lora, merged
 from craftune.config import GenerateConfig, LoraConfig, ModelConfig
 from craftune.errors import UserError
-from craftune.models import FAMILIES, PIPELINES, family_of
+from craftune.models import ADMITTED, FAMILIES, PIPELINES, family_of
 from craftune.types import Cond, Denoiser, Model
 
 CHECKPOINTS: dict[str, list[Callable[[], Path]]] = {
@@ -135,6 +135,10 @@ def test_grids_go_from_noise_to_image(model: Model) -> None:
         # a step starts at its timestep's own level in the schedule, between two of them too
         at = np.interp(grid.timesteps, np.arange(len(schedule)), schedule.alphas)
         np.testing.assert_allclose(grid.alphas[:, 0], at, rtol=1e-4, atol=1e-6)
+
+
+def test_its_samplers_are_known_before_it_is_loaded(model: Model) -> None:
+    assert ADMITTED[model.family] == model.samplers
 
 
 def test_a_sampler_of_another_family_is_refused_by_naming_the_right_ones(model: Model) -> None:
