@@ -4,6 +4,7 @@ The only place beside the families that imports diffusers.
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from craftune.config import ModelConfig
 from craftune.errors import UserError
 from craftune.models.files import has_variant
 from craftune.models.single_file import from_file, settings_of
-from craftune.records import read_json, require_space, write_json
+from craftune.records import read_json, require_space, write_json, write_text
 from craftune.types import Cond
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -181,8 +182,9 @@ def save_pipeline(
     # its own; written out it would take PNDM's, and draw at other timesteps than the checkpoint.
     defaults = pipe.scheduler.config.get("_use_default_values", ())
     for scheduler in folder.glob("scheduler/scheduler_config.json"):
-        kept = {k: v for k, v in read_json(scheduler).items() if k not in defaults}
-        write_json(scheduler, kept)
+        said = json.loads(scheduler.read_text(encoding="utf-8"))  # with -Infinity, as diffusers
+        kept = {key: value for key, value in said.items() if key not in defaults}
+        write_text(scheduler, json.dumps(kept, indent=2) + "\n")
 
 
 def _copied(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x/2.x: what is loaded is what diffusers loads, what is saved loads there."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +207,17 @@ def test_the_saved_folder_has_the_checkpoint_s_scheduler_and_tokenizer(tmp_path:
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_what_is_saved_is_drawn_at_the_checkpoint_s_timesteps(tmp_path: Path, sampler: str) -> None:
+@pytest.mark.parametrize("infinite", [False, True])
+def test_what_is_saved_is_drawn_at_the_checkpoint_s_timesteps(
+    tmp_path: Path, sampler: str, infinite: bool
+) -> None:
     """SD1.5 names no spacing of its PNDM; written out it would be DPM-Solver++'s spacing, too."""
     assert "timestep_spacing" not in SD15_SCHEDULER
-    base = load_sd(random_checkpoint(tmp_path / "base", scheduler=SD15_SCHEDULER))
+    settings = {**SD15_SCHEDULER}
+    if infinite:  # as diffusers writes its own default, which is not JSON
+        solver = {"_class_name": "DPMSolverMultistepScheduler", "steps_offset": 1}
+        settings = {**solver, "lambda_min_clipped": -math.inf}
+    base = load_sd(random_checkpoint(tmp_path / "base", scheduler=settings))
     base.save(tmp_path / "tuned", base.denoiser.network, torch.float32)
     tuned = load_sd(tmp_path / "tuned")
     for steps in (3, 20):
