@@ -29,13 +29,13 @@ def _panel(points: list[dict[str, Any]], tower: str, left: int) -> str:
 
     for p in points:
         color = "#c33" if p["corrector steps"] else "#777"
-        found = p["distance"][tower]
+        found, beside = p["distance"][tower], 18 if p["corrector steps"] else -6
         x, y = at(p["flops"], found["mean"])
         low, high = at(0, found["low"])[1], at(0, found["high"])[1]
         parts += [
             f'<path d="M{x} {low}V{high}" stroke="{color}"/>',
             f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>',
-            f'<text x="{x + 6}" y="{y - 6}" fill="{color}">{p["name"]}</text>',
+            f'<text x="{x + 6}" y="{y + beside}" fill="{color}">{p["name"]}</text>',
         ]
     right = left + PANEL[0] - 10
     parts += [
@@ -43,6 +43,6 @@ def _panel(points: list[dict[str, Any]], tower: str, left: int) -> str:
         f'<text x="{left + 50}" y="{floor + 18}">0</text>',
         f'<text x="{right}" y="{floor + 18}" text-anchor="end">{most / 1e6:.0f} MFLOP</text>',
         f'<text x="{left + 46}" y="20" text-anchor="end">{top:.2f}</text>',
-        f'<text x="{left + 60}" y="20">Frechet distance, tower {tower}</text>',
+        f'<text x="{left + 60}" y="20">Fréchet distance, tower {tower}</text>',
     ]
     return "".join(parts)

@@ -53,4 +53,5 @@ def cosine_reward(
         dtype,
         bytes_per_image=bytes_per_image(model),
         limit=tokenizer.limit(),
+        remember=embeddings,
     )

@@ -33,6 +33,7 @@ def network_reward(
     bytes_per_image: int,
     uses_prompt: bool = True,
     limit: PromptLimit | None = None,
+    remember: Callable[[list[str]], object] | None = None,
 ) -> Reward:
     """The reward whose number `judge` gives.
 
@@ -42,6 +43,7 @@ def network_reward(
         identity: name, version, sha256 and what is special; preprocessing and dtype are added.
         dtype: of the network.
         bytes_per_image: of activations in one pass without gradient.
+        remember: called with all prompts of a batch first, whose pictures go in smaller parts.
     """
 
     @torch.no_grad()
@@ -50,6 +52,8 @@ def network_reward(
             pictures = prepared[start:stop].to(device, non_blocking=True)
             return judge(pictures, prompts[start:stop]).float().cpu()
 
+        if remember is not None:
+            remember(prompts)
         return in_parts(part, len(prepared), fitting(device, bytes_per_image))
 
     def score(images: list[Image.Image], prompts: list[str]) -> Tensor:
