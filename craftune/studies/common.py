@@ -1,8 +1,9 @@
 """What the studies share: the loop's settings, and means over seeds with their intervals."""
 
 import argparse
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,32 @@ class Spread:
 
 
 def spreads(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """One row per seed, name -> number, to name -> `Spread` as a dict."""
-    return {name: asdict(Spread.of([row[name] for row in rows])) for name in rows[0]}
+    """One row per seed, name -> number, to name -> `Spread` as a dict; JSON's null for NaN."""
+    found = {name: asdict(Spread.of([row[name] for row in rows])) for name in rows[0]}
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in spread.items()}
+        for name, spread in found.items()
+    }
+
+
+def against_base(rows: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, Any]:
+    """Means with intervals of "base" and every arm, and of each arm's difference to the base.
+
+    Args:
+        rows: arm, with "base" among them -> one row per seed.
+    """
+    over = {
+        name: [
+            {key: row[key] - start[key] for key in row}
+            for row, start in zip(found, rows["base"], strict=True)
+        ]
+        for name, found in rows.items()
+        if name != "base"
+    }
+    return {
+        "arms": {name: spreads(found) for name, found in rows.items()},
+        "over base": {name: spreads(found) for name, found in over.items()},
+    }
 
 
 def loop(steps: int, learning_rate: float, batch_size: int = 64) -> TrainConfig:

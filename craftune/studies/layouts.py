@@ -26,7 +26,7 @@ from craftune.methods.sft import SFT
 from craftune.rows import RowDenoiser, RowNetwork
 from craftune.sampling import sample
 from craftune.seeds import stream, stream_seed
-from craftune.studies.common import command, loop, spreads
+from craftune.studies.common import against_base, command, loop
 from craftune.studies.flow import euler_grid, flow_schedule
 from craftune.studies.pages import (
     CLASSES,
@@ -165,13 +165,6 @@ def study(seeds: int) -> dict[str, Any]:
             found = run_arm(base, config, seed, data)
             rounds[name].append(found.pop("rounds"))
             rows[name].append(found)
-    over = {
-        name: [
-            {key: row[key] - start[key] for key in row}
-            for row, start in zip(rows[name], rows["base"], strict=True)
-        ]
-        for name in ARMS
-    }
     return {
         "settings": {
             "pages": PAGES,
@@ -183,8 +176,7 @@ def study(seeds: int) -> dict[str, Any]:
             "sampler steps": SAMPLER_STEPS,
         },
         "data": measure(data, asked, data),
-        "arms": {name: spreads(found) for name, found in rows.items()},
-        "over base": {name: spreads(found) for name, found in over.items()},
+        **against_base(rows),
         "rounds": rounds,
     }
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from craftune.acceptance import AcceptConfig, accept
 from craftune.seeds import stream, stream_seed
-from craftune.studies.common import command, spreads
+from craftune.studies.common import against_base, command
 from craftune.studies.smiles import canonical, known_molecules, letters, measure, stable
 from craftune.studies.smiles import written_anew as anew
 from craftune.studies.writer import Alphabet, Writer, learn, new_writer
@@ -73,13 +73,6 @@ def study(seeds: int) -> dict[str, Any]:
             found = run_arm(base, config, seed, known)
             rounds[name].append(found.pop("rounds"))
             rows[name].append(found)
-    over = {
-        name: [
-            {key: row[key] - start[key] for key in row}
-            for row, start in zip(rows[name], rows["base"], strict=True)
-        ]
-        for name in ARMS
-    }
     return {
         "molecules": len(molecules),
         "writings": len(texts),
@@ -90,8 +83,7 @@ def study(seeds: int) -> dict[str, Any]:
             "drawn per round": DRAWN,
             "measured on": MEASURED,
         },
-        "arms": {name: spreads(found) for name, found in rows.items()},
-        "over base": {name: spreads(found) for name, found in over.items()},
+        **against_base(rows),
         "rounds": rounds,
     }
 
